@@ -1,0 +1,356 @@
+"""A small GPT whose residual stream can be read, cut short and unembedded at any layer.
+
+The architecture is the one of the models the paper studies (Qwen3, Qwen2.5, Llama): pre-norm RMSNorm, rotary
+positions, grouped-query attention with optional QK-norm and qkv bias, SwiGLU, no dropout. This file knows nothing of
+reinforcement learning. What a method built on internal policies needs of a model are four calls:
+
+    model(tokens)                   logits of the policy, unembed(final_norm(H^L))
+    model.residual(tokens, layer)   H^layer, computing `layer` blocks and no more
+    model.trace(tokens)             layer by layer, all that is read from and written to the stream (LayerTrace)
+    model.unembed(h)                h E_u^T, *without* the final norm
+
+Layers are numbered 1..L as in the paper and H^0 is the embedding.
+Shapes: B batch, T time, d = d_model, V = vocab_size, L = n_layer, H heads, K key/value heads, D = head_dim.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SITES = ("resid_post", "attn_out", "mlp_out")  # what can be unembedded into a policy: H^l, A^l, F^l
+
+
+@dataclass
+class GPTConfig:
+    """Sizes and switches of a GPT. Raises ValueError for sizes that do not fit together."""
+
+    vocab_size: int
+    context_length: int
+    n_layer: int = 6
+    d_model: int = 64
+    n_head: int = 4
+    n_kv_head: int | None = None  # key/value heads, each shared by n_head / n_kv_head query heads; None: n_head
+    head_dim: int | None = None  # None: d_model / n_head
+    d_mlp: int | None = None  # hidden width of SwiGLU; None: 3 d_model
+    qk_norm: bool = True  # RMSNorm on each head's queries and keys (Qwen3 has it; Qwen2.5 and Llama do not)
+    qkv_bias: bool = False  # Qwen2.5 has it
+    tied: bool = True  # E_u is the token embedding
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        for name in ("vocab_size", "context_length", "n_layer", "d_model", "n_head", "n_kv_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.head_dim is None:
+            if self.d_model % self.n_head:
+                raise ValueError(f"n_head = {self.n_head} does not divide d_model = {self.d_model}; set head_dim")
+            self.head_dim = self.d_model // self.n_head
+        self.d_mlp = 3 * self.d_model if self.d_mlp is None else self.d_mlp
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head = {self.n_kv_head} does not divide n_head = {self.n_head}")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+        if self.d_mlp < 1:
+            raise ValueError(f"d_mlp must be at least 1, not {self.d_mlp}")
+
+
+class LayerTrace(NamedTuple):
+    """All that layer l reads and writes, each (B, T, d). Eq. 1: resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out."""
+
+    resid_pre: torch.Tensor  # H^(2l-2), the stream entering the layer; H^0 (the embedding) at l = 1
+    attn_in: torch.Tensor  # LN(H^(2l-2)), what attention reads
+    attn_out: torch.Tensor  # A^l, what attention adds
+    resid_mid: torch.Tensor  # H^(2l-1)
+    mlp_in: torch.Tensor  # LN(H^(2l-1)), what the FFN reads
+    mlp_out: torch.Tensor  # F^l, what the FFN adds
+    resid_post: torch.Tensor  # H^(2l) = H^l, the layer's output
+
+
+class Generation(NamedTuple):
+    """Sampled sequences; N = prompts x num_samples rows, the samples of one prompt next to each other."""
+
+    tokens: torch.Tensor  # (N, T) prompt, response, then pad_id
+    prompt_len: torch.Tensor  # (N,) tokens of the prompt
+    end: torch.Tensor  # (N,) one past the last token of the response; an EOS token is part of it
+    logprobs: torch.Tensor  # (N, T-1) entry t: log pi_theta(tokens[t+1] | tokens[:t+1]); 0 outside the response
+    layer_logprobs: torch.Tensor | None  # the same under the internal policy that was asked for
+
+
+def at_least_float32(x):
+    """x itself, or in float32 if its type is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 or better."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = at_least_float32(x)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x_i, x_{i+D/2}) of a head by its position's angle. x (B, T, heads, D)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.heads = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)
+        self.head_dim = cfg.head_dim
+        self.qkv = nn.Linear(cfg.d_model, sum(self.heads) * cfg.head_dim, bias=cfg.qkv_bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=False)
+
+    def forward(self, x, rope, cache=None, start=0):
+        """x (B, T, d) at positions start..start+T-1. `cache` (2, B, K, T_max, D) holds the keys and values before
+        them and takes theirs; a call that starts behind the cache's beginning is for one position."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # each (B, T, heads, D)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, heads, T, D)
+        if cache is not None:
+            cache[0, :, :, start : start + T] = k
+            cache[1, :, :, start : start + T] = v
+            k, v = cache[:, :, :, : start + T]
+        gqa = self.heads[0] != self.heads[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, enable_gqa=gqa)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_mlp, bias=False)
+        self.down = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer. Both modules read a normed copy of the residual stream and add to the stream itself."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, resid_pre, rope, cache=None, start=0) -> LayerTrace:
+        attn_in = self.attn_norm(resid_pre)
+        attn_out = self.attn(attn_in, rope, cache, start)
+        resid_mid = resid_pre + attn_out  # Eq. 1
+        mlp_in = self.mlp_norm(resid_mid)
+        mlp_out = self.mlp(mlp_in)
+        resid_post = resid_mid + mlp_out
+        return LayerTrace(resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer that exposes its residual stream. Weights are drawn from torch's global generator."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)  # its weight is E_u (V, d)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                # the two matrices of a layer that write to the stream start smaller, or depth would inflate it
+                depth = (2 * cfg.n_layer) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                nn.init.normal_(parameter, std=cfg.d_model**-0.5 * depth)
+        if cfg.tied:
+            self.lm_head.weight = self.embed.weight
+        cos, sin = rope_table(cfg)
+        self.register_buffer("cos", cos, persistent=False)  # (context_length, 1, D)
+        self.register_buffer("sin", sin, persistent=False)
+
+    # ---- the four calls ----
+
+    def forward(self, tokens):
+        """Logits (B, T, V) of pi_theta for tokens (B, T): unembed(final_norm(H^L))."""
+        return self.unembed(self.final_norm(self.residual(tokens, self.cfg.n_layer)))
+
+    def residual(self, tokens, layer: int):
+        """H^layer (B, T, d) for tokens (B, T), from the first `layer` blocks alone; layer 0 is the embedding."""
+        self.check_layer(layer)
+        self.check_tokens(tokens)
+        h = self.embed(tokens)
+        for trace in self._run(h, layer):
+            h = trace.resid_post
+        return h
+
+    def trace(self, tokens):
+        """Yield the LayerTrace of layers 1..L, lazily: a layer that is not asked for is not computed, and one that
+        is not kept is freed, so that a long stream need not be held at once."""
+        self.check_tokens(tokens)
+        return self._run(self.embed(tokens), self.cfg.n_layer)
+
+    def unembed(self, h):
+        """Logits h E_u^T (..., V) of any vector h (..., d) of the stream, *without* the final norm (Eq. 6, 7)."""
+        return self.lm_head(h)
+
+    def _run(self, h, n_layer: int, cache=None, start=0):
+        """Blocks 1..n_layer one after another, over h (B, T, d) at positions start..start+T-1."""
+        rope = self.cos[start : start + h.shape[1]], self.sin[start : start + h.shape[1]]
+        for i, block in enumerate(self.blocks[:n_layer]):
+            trace = block(h, rope, None if cache is None else cache[i], start)
+            yield trace
+            h = trace.resid_post
+
+    # ---- sampling ----
+
+    @torch.no_grad()
+    def generate(self, prompt, max_new_tokens: int, *, prompt_len=None, num_samples=1, temperature=1.0, eos_id=None,
+                 pad_id=0, layer=None, site="resid_post", generator=None) -> Generation:  # fmt: skip
+        """Continue each prompt `num_samples` times, with a KV cache, until `eos_id` or `max_new_tokens`.
+
+        prompt (Q, P) token ids, right-padded where prompt_len (Q,) says that a row is shorter. temperature 0 is
+        greedy. The log-probability of each sampled token under pi_theta always comes back; with `layer` (0..L) also
+        that under the internal policy of this layer, `site` telling which: resid_post softmax(H^l E_u^T), attn_out
+        softmax(A^l E_u^T), mlp_out softmax(F^l E_u^T), the last two from layer 1 on. Both are taken at the sampling temperature (greedy: at 1), in
+        float32. Rows of unequal prompts run in step: a row whose prompt is longer is fed its own tokens until that
+        ends, so that every row has its true positions and nothing needs to be masked. Raises ValueError for a
+        sequence that outgrows the context, a layer or site that is not there, a token outside the vocabulary.
+        """
+        prompt_len, total = self._check_generate(prompt, prompt_len, max_new_tokens, num_samples, temperature)
+        if layer is not None:
+            if site not in SITES:
+                raise ValueError(f"site must be one of {', '.join(SITES)}, not {site!r}")
+            self.check_layer(layer, lowest=0 if site == "resid_post" else 1)
+        device, start = prompt.device, int(prompt_len.min())
+        prompt_len = prompt_len.repeat_interleave(num_samples)  # (N,)
+        N, end = len(prompt_len), prompt_len + max_new_tokens
+        tokens = torch.full((N, total), pad_id, dtype=torch.long, device=device)
+        tokens[:, : prompt.shape[1]] = prompt.repeat_interleave(num_samples, dim=0)
+        tokens[torch.arange(total, device=device) >= prompt_len[:, None]] = pad_id  # whatever the prompt was padded with
+        wide = torch.promote_types(self.embed.weight.dtype, torch.float32)
+        logprobs = torch.zeros(N, total - 1, device=device, dtype=wide)
+        layer_logprobs = None if layer is None else torch.zeros_like(logprobs)
+
+        # Prefill: each prompt once, up to the shortest prompt's end; then its cache serves all its samples.
+        cfg = self.cfg
+        cache = torch.empty(cfg.n_layer, 2, len(prompt), cfg.n_kv_head, total, cfg.head_dim,
+                            device=device, dtype=self.embed.weight.dtype)  # fmt: skip
+        states = self._states(prompt[:, :start], cache, 0, layer, site)
+        states = [h.repeat_interleave(num_samples, dim=0) for h in states]
+        cache = cache.repeat_interleave(num_samples, dim=2)
+        rows = torch.arange(N, device=device)  # the rows still running
+
+        for t in range(start, total):  # choose token t from the states at t - 1
+            log_pi = [log_policy(self.unembed(h), temperature) for h in states]  # pi_theta, then the layer's
+            token = sample(log_pi[0], temperature, generator)
+            running = (t >= prompt_len[rows]) & (t < end[rows])  # else still in the prompt, or ended
+            token = torch.where(running, token, tokens[rows, t])
+            tokens[rows, t] = token
+            for record, log_p in zip((logprobs, layer_logprobs), log_pi):
+                record[rows, t - 1] = log_p.gather(-1, token[:, None])[:, 0] * running
+            if eos_id is not None:
+                end[rows] = torch.where(running & (token == eos_id), t + 1, end[rows])
+            if t + 1 == total:
+                break
+            if t % 4 == 0:  # now and then, since asking is a host synchronisation: drop the rows that ended
+                keep = end[rows] > t + 1
+                left = int(keep.sum())
+                if left == 0:
+                    break
+                if left <= 0.75 * len(rows):
+                    rows, token, cache = rows[keep], token[keep], cache[:, :, keep]
+            states = self._states(token[:, None], cache, t, layer, site)
+
+        longest = int(end.max())
+        layer_logprobs = None if layer is None else layer_logprobs[:, : longest - 1]
+        return Generation(tokens[:, :longest], prompt_len, end, logprobs[:, : longest - 1], layer_logprobs)
+
+    def _states(self, tokens, cache, start, layer, site):
+        """The vectors (B, d) to unembed at the last position: final_norm(H^L) and, if asked for, a layer's."""
+        h = self.embed(tokens)
+        states = [h[:, -1]] if layer == 0 else []
+        for l, trace in enumerate(self._run(h, self.cfg.n_layer, cache, start), 1):
+            if l == layer:
+                states.append(getattr(trace, site)[:, -1])
+        return [self.final_norm(trace.resid_post[:, -1])] + states
+
+    # ---- checks ----
+
+    def check_layer(self, layer: int, lowest: int = 0):
+        """Raise ValueError unless layer is an integer in lowest..L."""
+        if not isinstance(layer, int) or not lowest <= layer <= self.cfg.n_layer:
+            raise ValueError(f"layer must be in {lowest}..{self.cfg.n_layer}, not {layer} (layer 0 is the embedding)")
+
+    def check_tokens(self, tokens):
+        """Raise ValueError unless tokens is (B, T) with 1 <= T <= context_length and ids in 0..V-1."""
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens must have shape (batch, time) and not be empty, not {tuple(tokens.shape)}")
+        if tokens.shape[1] > self.cfg.context_length:
+            raise ValueError(f"{tokens.shape[1]} tokens are longer than context_length = {self.cfg.context_length}")
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.cfg.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"token id {bad} is outside the vocabulary, 0..{self.cfg.vocab_size - 1}")
+
+    def _check_generate(self, prompt, prompt_len, max_new_tokens, num_samples, temperature):
+        """Check generate's arguments; returns prompt_len as a tensor and the length of the longest sequence."""
+        self.check_tokens(prompt)
+        Q, P = prompt.shape
+        if prompt_len is None:
+            prompt_len = torch.full((Q,), P)
+        prompt_len = torch.as_tensor(prompt_len).to(prompt.device)
+        if prompt_len.shape != (Q,) or int(prompt_len.min()) < 1 or int(prompt_len.max()) > P:
+            raise ValueError(f"prompt_len must be {Q} lengths in 1..{P}, not {prompt_len.tolist()}")
+        if max_new_tokens < 1 or num_samples < 1:
+            raise ValueError(f"max_new_tokens and num_samples must be at least 1, not {max_new_tokens} and {num_samples}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+        total = int(prompt_len.max()) + max_new_tokens
+        if total > self.cfg.context_length:
+            raise ValueError(f"prompt and max_new_tokens = {max_new_tokens} come to {total} tokens, more than "
+                             f"context_length = {self.cfg.context_length}")  # fmt: skip
+        return prompt_len, total
+
+
+def rope_table(cfg: GPTConfig):
+    """cos and sin (context_length, 1, D) of position x theta^(-2i/D), for pairs that lie D/2 apart (as in Llama)."""
+    frequency = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    angle = torch.arange(cfg.context_length, dtype=torch.float64)[:, None] * frequency
+    angle = torch.cat((angle, angle), dim=-1)[:, None]
+    return angle.cos().float(), angle.sin().float()
+
+
+def log_policy(logits, temperature: float):
+    """log softmax(logits / temperature) over the vocabulary, in float32 or better; temperature 0 (greedy) counts as 1."""
+    logits = at_least_float32(logits)
+    return F.log_softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)
+
+
+def sample(log_pi, temperature: float, generator=None):
+    """One token per row of log_pi (N, V): the most likely one at temperature 0, else a draw by the Gumbel-max trick
+    (argmax of log_pi - log(Exponential(1)) is distributed as pi), which needs no host synchronisation."""
+    if temperature == 0:
+        return log_pi.argmax(-1)
+    noise = torch.empty_like(log_pi).exponential_(generator=generator)
+    return (log_pi - noise.log()).argmax(-1)
