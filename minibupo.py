@@ -5,7 +5,7 @@ unembedded: softmax(H^l E_u^T) is a policy, the internal policy of layer l. BuPO
 for the first s_inter steps (phase 1, "InterGRPO"), then on the whole model (phase 2).
 
     1  GRPO's two pieces                        Eq. 4       group_advantages, surrogate
-    2  internal layer and modular policies      Eq. 5-7     Policy, policy_logits
+    2  internal layer and modular policies      Eq. 5-7     Policy, FULL, policy_logits
     3  entropy and its change                   Eq. 8, 9    entropy, internal_entropies
     4  InterGRPO and BuPO                       Eq. 10, 11  token_logprobs, policy_loss, policy_at
     5  entropy change of modules, target layer  Eq. 13, 14  entropy_changes, target_layer
@@ -88,7 +88,7 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
 class Policy(NamedTuple):
     """Which policy: pi_theta itself (layer None), or an internal one.
 
-    Policy()                  pi_theta    = softmax(LN_f(H^L) E_u^T)
+    Policy(), named FULL      pi_theta    = softmax(LN_f(H^L) E_u^T)
     Policy(l)                 pi_Layer^l  = softmax(H^l E_u^T)   Eq. 6
     Policy(l, "attn_out")     pi_ATTN^l   = softmax(A^l E_u^T)   Eq. 7
     Policy(l, "mlp_out")      pi_FFN^l    = softmax(F^l E_u^T)   Eq. 7
@@ -98,7 +98,10 @@ class Policy(NamedTuple):
     site: str = "resid_post"
 
 
-def policy_logits(model, tokens, policy=Policy(), mask=None):
+FULL = Policy()  # pi_theta
+
+
+def policy_logits(model, tokens, policy=FULL, mask=None):
     """Logits (B, T, V) of a policy at each position of tokens (B, T), or (M, V) at the positions of mask (B, T).
 
     Internal policies are unembedded *without* the final norm: this is what sets Eq. 6 apart from the logit lens,
@@ -165,7 +168,7 @@ def internal_entropies(model, tokens, mask, *, final_norm=None, chunk=4096):
 # ---- 4. InterGRPO and BuPO (Eq. 10, 11) ------------------------------------------------------------------------
 
 
-def token_logprobs(model, tokens, mask, policy=Policy(), temperature=1.0):
+def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
     """log pi(tokens[:, t+1] | tokens[:, :t+1]) under a policy: (N, T-1), 0 outside mask (N, T-1).
 
     Logits are divided by the temperature that the tokens were sampled at, for internal policies as for pi_theta.
@@ -175,8 +178,8 @@ def token_logprobs(model, tokens, mask, policy=Policy(), temperature=1.0):
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
-def policy_loss(model, tokens, old_logp, advantages, mask, policy=Policy(), *, temperature=1.0, **options):
-    """GRPO (Eq. 4) for Policy(), InterGRPO (Eq. 10) for an internal policy: one loss, only the policy differs.
+def policy_loss(model, tokens, old_logp, advantages, mask, policy=FULL, *, temperature=1.0, **options):
+    """GRPO (Eq. 4) for the FULL policy, InterGRPO (Eq. 10) for an internal policy: one loss, only the policy differs.
 
     In Eq. 10 numerator *and* denominator of the ratio are the internal policy's, so old_logp (N, T-1) are its
     log-probabilities of the sampled tokens at sampling time. The samples come from pi_theta all the same: phase 1 is
@@ -191,7 +194,7 @@ def policy_at(step: int, s_inter: int, target: Policy) -> Policy:
     A function of the step alone; s_inter = 0 is GRPO. Raises ValueError for a step below 1 or a negative s_inter."""
     if step < 1 or s_inter < 0:
         raise ValueError(f"steps count from 1 and s_inter from 0, not {step} and {s_inter}")
-    return target if step <= s_inter else Policy()
+    return target if step <= s_inter else FULL
 
 
 # ---- 5. Entropy change of the modules, and the target layer (Eq. 9, 13, 14) ------------------------------------
@@ -238,7 +241,7 @@ class Rollouts(NamedTuple):
     rewards: torch.Tensor  # (Q, G)
 
 
-def update(model, optimizer, rollouts: Rollouts, policy=Policy(), *, minibatches=4, clip=0.2, average="token",
+def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, clip=0.2, average="token",
            temperature=1.0, max_grad_norm=1.0, chunk=None, generator=None):  # fmt: skip
     """Improve `policy` on one batch of rollouts, one optimizer step for each of `minibatches` sets of questions.
 

@@ -229,13 +229,14 @@ class GPT(nn.Module):
                  pad_id=0, layer=None, site="resid_post", generator=None) -> Generation:  # fmt: skip
         """Continue each prompt `num_samples` times, with a KV cache, until `eos_id` or `max_new_tokens`.
 
-        prompt (Q, P) token ids, right-padded where prompt_len (Q,) says that a row is shorter. temperature 0 is
-        greedy. The log-probability of each sampled token under pi_theta always comes back; with `layer` (0..L) also
-        that under the internal policy of this layer, `site` telling which: resid_post softmax(H^l E_u^T), attn_out
-        softmax(A^l E_u^T), mlp_out softmax(F^l E_u^T), the last two from layer 1 on. Both are taken at the sampling temperature (greedy: at 1), in
-        float32. Rows of unequal prompts run in step: a row whose prompt is longer is fed its own tokens until that
-        ends, so that every row has its true positions and nothing needs to be masked. Raises ValueError for a
-        sequence that outgrows the context, a layer or site that is not there, a token outside the vocabulary.
+        prompt (Q, P) token ids, right-padded where prompt_len (Q,) says that a row is shorter. temperature 0 is greedy.
+        The log-probability of each sampled token under pi_theta always comes back; with `layer` (0..L) also that under
+        the internal policy of this layer, `site` telling which: resid_post softmax(H^l E_u^T), attn_out
+        softmax(A^l E_u^T), mlp_out softmax(F^l E_u^T), the last two from layer 1 on. Both are taken at the sampling
+        temperature (greedy: at 1), in float32 or better. Rows of unequal prompts run in step: a row whose prompt is
+        longer is fed its own tokens until that ends, so that every row has its true positions and nothing needs to be
+        masked. Raises ValueError for a sequence that outgrows the context, a layer or site that is not there, a token
+        outside the vocabulary.
         """
         prompt_len, total = self._check_generate(prompt, prompt_len, max_new_tokens, num_samples, temperature)
         if layer is not None:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import minibupo
-from minibupo import Policy, Rollouts, response_mask
+from minibupo import FULL, Policy, Rollouts, response_mask
 from model import GPT, GPTConfig
 
 # ---- tokens: one a character; a digit's id is its value ---------------------------------------------------------
@@ -192,7 +192,7 @@ class Settings:
     site: str = option("resid_post", "policy of phase 1: of the layer, its attention or its FFN",
                        choices=("resid_post", "attn_out", "mlp_out"))  # fmt: skip
     s_inter: int = option(5, "steps of phase 1")
-    steps: int = option(60, "steps of RL in all")
+    steps: int = option(80, "steps of RL in all")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(2, "CPU threads; small models gain nothing from many")
@@ -209,15 +209,15 @@ class Settings:
 
     skip: float = option(0.5, "probability that a line is left out of a solution that the base model learns from")
     pretrain_until: float = option(0.9, "end pretraining once this share of single operations is right")
-    pretrain_max_steps: int = option(4000, "end pretraining here at the latest")
+    pretrain_max_steps: int = option(1000, "end pretraining here at the latest")
     pretrain_batch: int = option(48, "rows a step of pretraining, each with a solution of every size")
-    pretrain_lr: float = option(3e-3, "learning rate of pretraining")
+    pretrain_lr: float = option(4e-3, "learning rate of pretraining")
 
     questions: int = option(32, "questions a step of RL")
     group: int = option(8, "responses to each question")
-    minibatches: int = option(4, "optimizer steps a step of RL")
+    minibatches: int = option(2, "optimizer steps a step of RL")
     lr: float = option(5e-4, "learning rate of RL")
-    weight_decay: float = option(0.01, "weight decay of AdamW")
+    weight_decay: float = option(0.01, "weight decay of RL")
     clip: float = option(0.2, "the surrogate's epsilon")
     average: str = option("token", "average the loss over tokens or sequences", choices=("token", "sequence"))
     temperature: float = option(1.0, "of rollouts and their log-probabilities; evaluation is at 1")
@@ -225,7 +225,7 @@ class Settings:
 
     eval_problems: int = option(512, "held-out problems a tier, before and after; a quarter on the way")
     eval_samples: int = option(8, "responses to each of them")
-    eval_every: int = option(20, "steps between evaluations on the way")
+    eval_every: int = option(40, "steps between evaluations on the way")
     probe_every: int = option(5, "steps between looks at the internal policies")
     save_every: int = option(10, "steps between checkpoints")
 
@@ -277,9 +277,9 @@ class Settings:
 
 PRESETS = {
     "default": {},
-    "smoke": dict(n=4, n_layer=4, d_model=32, pretrain_until=0.6, steps=20, s_inter=3, eval_problems=64),
+    "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.5, pretrain_max_steps=450, steps=20, s_inter=3, eval_problems=64),
     "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
-                steps=200, s_inter=15),
+                steps=200, s_inter=15, pretrain_max_steps=5000),
 }  # fmt: skip
 
 
@@ -451,7 +451,7 @@ def pretrain(s: Settings, out: Path, model, device, state, metrics: Metrics, sto
     Not a fixed number of steps: seeds differ much in when the operations click, and RL can improve only a model that
     gets some answers right. Nor much longer: a base that has learned to jump leaves RL little to discover.
     """
-    optimizer = adamw(model, s.pretrain_lr, s.weight_decay)
+    optimizer = adamw(model, s.pretrain_lr, weight_decay=0.1, beta2=0.98)
     step, known = 0, 0.0
     if state:
         restore(out / "ckpt.pt", state, model, optimizer)
@@ -490,10 +490,10 @@ def pretrain(s: Settings, out: Path, model, device, state, metrics: Metrics, sto
     save_checkpoint(out / "base.pt", model, seed=s.seed, step=step, n=s.n)
 
 
-def adamw(model, lr, weight_decay):
+def adamw(model, lr, weight_decay, beta2=0.999):
     """AdamW; one fused call a step where the device has it."""
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), fused=fused)
 
 
 # ---- evaluation and probes -----------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def evaluate(model, s: Settings, tiers, problems: int, device) -> tuple[dict, li
         answer = worked_lines(expr)[-1][:, 0]
         right, length, cut_off, steps = [], [], [], []
         generator = torch_rng(device, s.seed, EVALUATE, n)
-        for chunk in np.array_split(np.arange(problems), -(-problems // 64)):
+        for chunk in np.array_split(np.arange(problems), -(-problems // 128)):
             sampled = model.generate(torch.tensor(prompts(expr[chunk]), device=device), s.response_limit, num_samples=K,
                                      eos_id=EOS, pad_id=PAD, generator=generator)  # fmt: skip
             answers = torch.tensor(answer[chunk], device=device).repeat_interleave(K)
@@ -581,30 +581,34 @@ def training_problems(s: Settings, step: int):
     return tokens, prompt_len, answers
 
 
+def rl_step(s: Settings, model, optimizer, policy: Policy, target: Policy, step: int, device) -> dict:
+    """One step of Algorithm 1: questions, rollouts from pi_theta, rewards, an update of `policy`. Returns the log."""
+    started = time.perf_counter()
+    questions, prompt_len, answers = (torch.tensor(a, device=device) for a in training_problems(s, step))
+    sampled = model.generate(questions, s.response_limit, prompt_len=prompt_len, num_samples=s.group, temperature=s.temperature,
+                             eos_id=EOS, pad_id=PAD, layer=policy.layer, site=policy.site,
+                             generator=torch_rng(device, s.seed, SAMPLE, step))  # fmt: skip
+    rewards = reward(sampled.tokens, sampled.end, answers.repeat_interleave(s.group)).view(s.questions, s.group)
+    record = describe(model, sampled, rewards, policy, target)
+    old_logp = sampled.logprobs if policy == FULL else sampled.layer_logprobs
+    record |= minibupo.update(
+        model, optimizer, Rollouts(sampled.tokens, sampled.prompt_len, sampled.end, old_logp, rewards), policy,
+        minibatches=s.minibatches, clip=s.clip, average=s.average, temperature=s.temperature,
+        generator=torch_rng("cpu", s.seed, SHUFFLE, step),
+    )  # fmt: skip
+    return record | {"seconds": time.perf_counter() - started}
+
+
 def train(s: Settings, out: Path, model, target: Policy, optimizer, done: int, probe, device, metrics: Metrics, stop):
-    """Steps done+1..s.steps of the paper's Algorithm 1, with evaluations, probes and checkpoints."""
+    """Steps done+1..s.steps, with evaluations, probes and checkpoints."""
     bar = progress(range(done, s.steps), s.algo, done)
     for step in range(done + 1, s.steps + 1):
-        started = time.perf_counter()
         policy = minibupo.policy_at(step, s.s_inter, target)  # Eq. 11
-        questions, prompt_len, answers = (torch.tensor(a, device=device) for a in training_problems(s, step))
-        answers = answers.repeat_interleave(s.group)
-        sampled = model.generate(questions, s.response_limit, prompt_len=prompt_len, num_samples=s.group,
-                                 temperature=s.temperature, eos_id=EOS, pad_id=PAD, layer=policy.layer, site=policy.site,
-                                 generator=torch_rng(device, s.seed, SAMPLE, step))  # fmt: skip
-        rewards = reward(sampled.tokens, sampled.end, answers).view(s.questions, s.group)
-        old_logp = sampled.logprobs if policy.layer is None else sampled.layer_logprobs
-        record = describe(model, sampled, rewards, policy, target)
-        record |= minibupo.update(
-            model, optimizer, Rollouts(sampled.tokens, sampled.prompt_len, sampled.end, old_logp, rewards), policy,
-            minibatches=s.minibatches, clip=s.clip, average=s.average, temperature=s.temperature,
-            generator=torch_rng("cpu", s.seed, SHUFFLE, step),
-        )  # fmt: skip
-        metrics.write("step", step=step, **record, seconds=time.perf_counter() - started)
-
+        record = rl_step(s, model, optimizer, policy, target, step, device)
+        metrics.write("step", step=step, **record)
         bar.update()
-        report(bar, step, f"{record['phase']:8}  reward {record['reward']:.3f}  entropy {record['policy_entropy']:.3f}  "
-                          f"length {record['length']:.1f}  clipped {record['clip_fraction']:.4f}  gradient {record['grad_norm']:.2f}", every=5)  # fmt: skip
+        line = "{phase:8}  reward {reward:.3f}  entropy {policy_entropy:.3f}  length {length:.1f}  clipped {clip_fraction:.4f}"
+        report(bar, step, (line + "  gradient {grad_norm:.2f}").format(**record), every=5)
         if step % s.probe_every == 0 or step in (s.s_inter, s.steps):
             metrics.write("internal", step=step, **look_inside(model, *probe))
         if step % s.eval_every == 0 or step == s.steps:
@@ -636,7 +640,7 @@ def describe(model, sampled, rewards, policy, target) -> dict:
     mask = response_mask(sampled.prompt_len[::G], sampled.end[::G], tokens.shape[1])
     right = rewards.mean(1)
     record = {
-        "phase": "policy" if policy.layer is None else "internal",
+        "phase": "policy" if policy == FULL else "internal",
         "reward": float(rewards.mean()),
         "groups_right": float((right == 1).float().mean()),
         "groups_wrong": float((right == 0).float().mean()),
@@ -644,10 +648,10 @@ def describe(model, sampled, rewards, policy, target) -> dict:
         "length": float(length.mean()),
         "length_ended": None if cut_off.all() else float(length[~cut_off].mean()),
         "cut_off": float(cut_off.float().mean()),
-        "policy_entropy": float(minibupo.entropy(minibupo.policy_logits(model, tokens[:, :-1], Policy(), mask)).mean()),
+        "policy_entropy": float(minibupo.entropy(minibupo.policy_logits(model, tokens[:, :-1], FULL, mask)).mean()),
         "layer_entropy": float(minibupo.entropy(minibupo.policy_logits(model, tokens[:, :-1], target, mask)).mean()),
     }
-    if policy.layer is not None:  # how far the samples are from the policy that they train
+    if policy != FULL:  # how far the samples are from the policy that they train
         everywhere = response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
         record["layer_log_ratio"] = float((sampled.layer_logprobs - sampled.logprobs)[everywhere].mean())
     return record
@@ -825,7 +829,7 @@ def run(s: Settings, given: dict, resume: bool):
 
 def print_entropies(inside: dict, target: Policy, s: Settings):
     """Print the base model's internal entropies by layer, and what is optimised when."""
-    print("\ninternal entropies of the base, in nats (uniform: log V = %.2f)" % np.log(VOCAB_SIZE))
+    print(f"\ninternal entropies of the base, in nats (uniform: log V = {np.log(VOCAB_SIZE):.2f})")
     print("layer    H(H^l)  normed    dH_ATTN   dH_FFN  dH_Layer")
     print(f"{0:5d} {inside['layer'][0]:9.2f}{inside['layer_normed'][0]:8.2f}")
     for l in range(1, s.n_layer + 1):

@@ -14,13 +14,13 @@ import torch
 from conftest import tiny
 
 import minibupo as bupo
-from minibupo import Policy, Rollouts
+from minibupo import FULL, Policy, Rollouts
 
-POLICIES = [Policy(), Policy(1), Policy(2), Policy(3), Policy(2, "attn_out"), Policy(2, "mlp_out")]
+POLICIES = [FULL, Policy(1), Policy(2), Policy(3), Policy(2, "attn_out"), Policy(2, "mlp_out")]
 EOS, PAD = 4, 9
 
 
-def rollouts(model, policy=Policy(), Q=6, G=4, temperature=1.0, seed=0, rewards=None):
+def rollouts(model, policy=FULL, Q=6, G=4, temperature=1.0, seed=0, rewards=None):
     """Ragged prompts, responses of unequal length, random rewards with one all-right and one all-wrong group."""
     g = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, 11, (Q, 6), generator=g)
@@ -181,7 +181,7 @@ def test_internal_entropies_against_a_float64_loop(chunk):
             ]  # fmt: skip
             for value, reference in expected:
                 assert abs(float(value[m]) - reference) < 1e-9
-    policy_entropy = bupo.entropy(bupo.policy_logits(model, batch.tokens[:, :-1], Policy(), mask))
+    policy_entropy = bupo.entropy(bupo.policy_logits(model, batch.tokens[:, :-1], FULL, mask))
     torch.testing.assert_close(found["layer_normed"][-1], policy_entropy)
 
 
@@ -292,7 +292,7 @@ def test_gradient_flow_of_phase_1(policy, tied):
         assert (grad is None) if frozen else (grad.abs().max() > 0), name
 
 
-@pytest.mark.parametrize("policy", [Policy(), Policy(1), Policy(2, "attn_out"), Policy(2, "mlp_out")])
+@pytest.mark.parametrize("policy", [FULL, Policy(1), Policy(2, "attn_out"), Policy(2, "mlp_out")])
 def test_gradient_by_finite_differences(policy):
     model = tiny(dtype=torch.float64)
     batch = rollouts(model, policy)
@@ -368,7 +368,7 @@ def test_later_minibatches_are_off_policy():
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
-@pytest.mark.parametrize("policy", [Policy(), Policy(2)])
+@pytest.mark.parametrize("policy", [FULL, Policy(2)])
 def test_update_gradient_is_the_plain_loss_gradient(policy, average):
     """All rows at once, none left out, no chunks: what update computes must be the same, chunked in any way."""
     model = tiny()
@@ -416,7 +416,7 @@ def test_a_batch_without_advantage_changes_nothing():
 
 def test_update_learns():
     """Rewarding one token makes it more likely under the policy that is trained, whichever that is."""
-    for policy in (Policy(), Policy(1), Policy(2, "mlp_out"), Policy(2, "attn_out")):
+    for policy in (FULL, Policy(1), Policy(2, "mlp_out"), Policy(2, "attn_out")):
         model = tiny()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         share = []
@@ -447,8 +447,8 @@ def test_s_inter_zero_is_grpo():
 
 def test_policy_at():
     target = Policy(2, "mlp_out")
-    assert [bupo.policy_at(s, 2, target) for s in (1, 2, 3, 4)] == [target, target, Policy(), Policy()]
-    assert bupo.policy_at(1, 0, target) == Policy()
+    assert [bupo.policy_at(s, 2, target) for s in (1, 2, 3, 4)] == [target, target, FULL, FULL]
+    assert bupo.policy_at(1, 0, target) == FULL
     for step, s_inter in ((0, 1), (1, -1)):
         with pytest.raises(ValueError, match="count from"):
             bupo.policy_at(step, s_inter, target)
