@@ -192,7 +192,7 @@ class Settings:
     site: str = option("resid_post", "policy of phase 1: of the layer, its attention or its FFN",
                        choices=("resid_post", "attn_out", "mlp_out"))  # fmt: skip
     s_inter: int = option(5, "steps of phase 1")
-    steps: int = option(80, "steps of RL in all")
+    steps: int = option(60, "steps of RL in all")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(2, "CPU threads; small models gain nothing from many")
@@ -208,15 +208,15 @@ class Settings:
     tied: bool = option(True, "unembed with the embedding matrix")
 
     skip: float = option(0.5, "probability that a line is left out of a solution that the base model learns from")
-    pretrain_until: float = option(0.9, "end pretraining once this share of single operations is right")
+    pretrain_until: float = option(0.95, "end pretraining once this share of single operations is right")
     pretrain_max_steps: int = option(1000, "end pretraining here at the latest")
     pretrain_batch: int = option(48, "rows a step of pretraining, each with a solution of every size")
     pretrain_lr: float = option(4e-3, "learning rate of pretraining")
 
-    questions: int = option(32, "questions a step of RL")
+    questions: int = option(64, "questions a step of RL")
     group: int = option(8, "responses to each question")
-    minibatches: int = option(2, "optimizer steps a step of RL")
-    lr: float = option(5e-4, "learning rate of RL")
+    minibatches: int = option(4, "optimizer steps a step of RL")
+    lr: float = option(4e-4, "learning rate of RL")
     weight_decay: float = option(0.01, "weight decay of RL")
     clip: float = option(0.2, "the surrogate's epsilon")
     average: str = option("token", "average the loss over tokens or sequences", choices=("token", "sequence"))
@@ -277,7 +277,8 @@ class Settings:
 
 PRESETS = {
     "default": {},
-    "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.5, pretrain_max_steps=450, steps=20, s_inter=3, eval_problems=64),
+    "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.5, pretrain_max_steps=450,
+                  questions=32, steps=20, s_inter=3, eval_problems=64),
     "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
                 steps=200, s_inter=15, pretrain_max_steps=5000),
 }  # fmt: skip
@@ -320,7 +321,10 @@ def write_atomically(path: Path, write):
 
 
 def save_checkpoint(path: Path, model: GPT, **more):
-    """Write a model (configuration and weights) and whatever `more` holds, plain types and tensors only."""
+    """Write a model (configuration and weights) and whatever `more` holds, plain types and tensors only. Raises
+    FloatingPointError, and leaves the file as it was, if a weight is not finite."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError("the weights are no longer finite")
     content = {"format": FORMAT, "model_config": asdict(model.cfg), "model": model.state_dict(), **more}
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
@@ -378,8 +382,12 @@ class Metrics:
         self.file.seek(keep_bytes)
 
     def write(self, kind: str, **values):
-        """Append {"kind": kind, **values}."""
-        self.file.write(json.dumps({"kind": kind, **values}, allow_nan=False).encode() + b"\n")
+        """Append {"kind": kind, **values}. Raises FloatingPointError for NaN or infinity, which JSON does not have."""
+        try:
+            line = json.dumps({"kind": kind, **values}, allow_nan=False)
+        except ValueError as error:
+            raise FloatingPointError(f"a measurement of step {values['step']} is not finite") from error
+        self.file.write(line.encode() + b"\n")
         self.file.flush()
 
     def size(self) -> int:
@@ -405,6 +413,9 @@ def read_metrics(run: Path, kind: str) -> list[dict]:
 PRETRAIN, PROBLEMS, SAMPLE, SHUFFLE, EVALUATE, PROBE = range(6)  # what random numbers are for
 
 
+GROWN_SLOPPY = 400  # the step of pretraining from which solutions are as sloppy as they get; careful until half of it
+
+
 def numpy_rng(*key: int):
     """A numpy generator that depends on the key (seed, purpose, step, ...) alone."""
     return np.random.default_rng(key)
@@ -416,15 +427,18 @@ def torch_rng(device, *key: int):
 
 
 def pretraining_batch(s: Settings, step: int, length: int):
-    """Rows of `length` tokens, each a sloppy solution of 2, 3, .. n digits in random order, cut off at the end: tokens
+    """Rows of `length` tokens, each a solution of 2, 3, .. n digits in random order, cut off at the end: tokens
     (B, length) and whether each is a token of a response (B, length), as arrays.
 
     Rows are packed not only to pad nothing. A model that meets each problem at the start of its row learns where the
-    first line's operands stand and is lost on the second line; packed, it has to look behind the last `=`.
+    first line's operands stand and is lost on the second line; packed, it has to look behind the last `=`. And the
+    solutions are careful at first and grow sloppy later, up to step GROWN_SLOPPY: while any line may follow, the
+    result of an operation is one of several right tokens, and operations are learned much more slowly.
     """
     rng, tokens, order, response = numpy_rng(s.seed, PRETRAIN, step), [], [], []
+    skip = s.skip * min(1.0, max(0.0, 2 * step / GROWN_SLOPPY - 1))
     for n in range(2, s.n + 1):
-        solved, end = worked_solutions(draw_problems(rng, s.pretrain_batch, n), rng, s.skip)
+        solved, end = worked_solutions(draw_problems(rng, s.pretrain_batch, n), rng, skip)
         t = np.arange(solved.shape[1])
         inside = t < end[:, None]
         tokens.append(solved)
@@ -448,8 +462,8 @@ def single_operation_accuracy(model, s: Settings, device) -> float:
 def pretrain(s: Settings, out: Path, model, device, state, metrics: Metrics, stop):
     """Teach the base model sloppy solutions until single operations are known. `state` is a checkpoint's, or None.
 
-    Not a fixed number of steps: seeds differ much in when the operations click, and RL can improve only a model that
-    gets some answers right. Nor much longer: a base that has learned to jump leaves RL little to discover.
+    Not a fixed number of steps: seeds differ in when the operations click, and RL can improve only a model that gets
+    some answers right. Nor much longer: a base that has learned to jump leaves RL little to discover.
     """
     optimizer = adamw(model, s.pretrain_lr, weight_decay=0.1, beta2=0.98)
     step, known = 0, 0.0
@@ -463,7 +477,7 @@ def pretrain(s: Settings, out: Path, model, device, state, metrics: Metrics, sto
 
     bar = progress(range(step, s.pretrain_max_steps), "pretraining", step)
     started = time.perf_counter()
-    while step < s.pretrain_max_steps and known < s.pretrain_until:
+    while step < s.pretrain_max_steps and (known < s.pretrain_until or step < GROWN_SLOPPY):
         step += 1
         batch = pretraining_batch(s, step, model.cfg.context_length)
         tokens, response = (torch.tensor(a, device=device) for a in batch)
@@ -562,7 +576,7 @@ def look_inside(model, tokens, mask) -> dict:
     sizes = minibupo.residual_rms(model, tokens, mask)
     named = entropies | {f"cos_{k}": v for k, v in cosines.items()} | {f"rms_{k}": v for k, v in sizes.items()}
     logp = minibupo.token_logprobs(model, tokens, mask)[mask]
-    return {name: value.mean(1).tolist() for name, value in named.items()} | {"perplexity": float((-logp.mean()).exp())}
+    return {name: value.mean(1).tolist() for name, value in named.items()} | {"perplexity": float((-logp.double().mean()).exp())}
 
 
 # ---- GRPO and BuPO (Algorithm 1) ----------------------------------------------------------------------------------
@@ -600,7 +614,7 @@ def rl_step(s: Settings, model, optimizer, policy: Policy, target: Policy, step:
 
 
 def train(s: Settings, out: Path, model, target: Policy, optimizer, done: int, probe, device, metrics: Metrics, stop):
-    """Steps done+1..s.steps, with evaluations, probes and checkpoints."""
+    """Steps done+1..s.steps of Algorithm 1, with evaluations, probes and checkpoints."""
     bar = progress(range(done, s.steps), s.algo, done)
     for step in range(done + 1, s.steps + 1):
         policy = minibupo.policy_at(step, s.s_inter, target)  # Eq. 11
@@ -615,6 +629,9 @@ def train(s: Settings, out: Path, model, target: Policy, optimizer, done: int, p
             problems = s.eval_problems if step == s.steps else -(-s.eval_problems // 4)
             results, examples = evaluate(model, s, s.tiers, problems, device)
             metrics.write("eval", step=step, problems=problems, tiers=results, examples=examples)
+            if step < s.steps:  # the last one is in the final table
+                accuracy = "  ".join(f"n = {n}: {tier[f'avg@{s.eval_samples}']:.3f}" for n, tier in results.items())
+                tqdm.write(f"evaluation at step {step}, Avg@{s.eval_samples}  {accuracy}\n{show_examples(examples)}")
         if step == s.s_inter:
             save_checkpoint(out / "phase1.pt", model, step=step)
         if step % s.save_every == 0 or step == s.steps or stop.is_set():
@@ -762,13 +779,42 @@ def print_table(records: list[dict], s: Settings):
             error = tier[f"avg@{K}_se"] or 0
             cells.append(f"{100 * tier[f'avg@{K}']:8.1f} +-{100 * error:4.1f} %{100 * tier[f'pass@{k}']:7.1f} %{tier['length']:8.1f}   ")
         print(f"n = {n}{' (unseen)' if n > s.n else '':9}|" + "|".join(cells) + "|")
-    for title, record in (("before", before), ("after", after)):
-        print(f"\n{title}:")
-        for text in record["examples"]:
-            problem, _, response = text.partition("=")
-            right = decode(worked_lines(np.array([encode(problem)]))[-1][0])
-            verdict = "right" if response.split("=")[-1] == right + "<eos>" else f"wrong, it is {right}"
-            print(f"  {problem}= {response}   ({verdict})")
+    print(f"\nbefore:\n{show_examples(before['examples'])}\nafter:\n{show_examples(after['examples'])}")
+
+
+def show_examples(texts: list[str]) -> str:
+    """Problems with their sampled responses, a line each, and whether the answer is right."""
+    lines = []
+    for text in texts:
+        problem, _, response = text.partition("=")
+        answer = decode(worked_lines(np.array([encode(problem)]))[-1][0])
+        verdict = "right" if response.split("=")[-1] == answer + "<eos>" else f"wrong, it is {answer}"
+        lines.append(f"  {problem}= {response}   ({verdict})")
+    return "\n".join(lines)
+
+
+def read_state(s: Settings, out: Path) -> dict | None:
+    """The checkpoint that a run is to go on from; None if it was stopped before its first one. Raises ValueError for
+    a file that is none, or one with more steps behind it than s.steps."""
+    path = out / "ckpt.pt"
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    needed = {"stage", "step", "optimizer", "metrics_bytes", "target" if state.get("stage") == "rl" else "known"}
+    if not needed <= state.keys():
+        raise ValueError(f"{path} holds a model but no state of a run to go on with")
+    if state["stage"] == "rl" and state["step"] > s.steps:
+        raise ValueError(f"the run in {out} has done {state['step']} steps already, more than --steps {s.steps}")
+    return state
+
+
+def measure_base(s: Settings, model, probe, device, metrics: Metrics) -> Policy:
+    """Write down the base model's internal policies and accuracy; returns the policy that phase 1 is to optimise."""
+    inside = look_inside(model, *probe)
+    results, examples = evaluate(model, s, s.tiers, s.eval_problems, device)
+    metrics.write("internal", step=0, **inside)
+    metrics.write("eval", step=0, problems=s.eval_problems, tiers=results, examples=examples)
+    return Policy(minibupo.target_layer(inside["d_mlp"]) if s.layer == "auto" else s.layer, s.site)
 
 
 def run(s: Settings, given: dict, resume: bool):
@@ -781,50 +827,48 @@ def run(s: Settings, given: dict, resume: bool):
         s = with_base(s, given, base)
     check_layer(s)
     out = Path(s.out_dir) if resume else new_directory(s)
-    state = load_checkpoint(out / "ckpt.pt") if resume and (out / "ckpt.pt").exists() else None
-    if state and not {"stage", "step", "optimizer", "metrics_bytes"} <= state.keys():
-        raise ValueError(f"{out / 'ckpt.pt'} holds a model but no state of a run to go on with")
-    if state and state["stage"] == "rl" and state["step"] > s.steps:
-        raise ValueError(f"the run in {out} has done {state['step']} steps already, more than --steps {s.steps}")
+    state = read_state(s, out) if resume else None
     s.out_dir = str(out)
-    text = json.dumps(asdict(s), indent=2)
-    write_atomically(out / "config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    config = json.dumps(asdict(s), indent=2)
+    write_atomically(out / "config.json", lambda temporary: temporary.write_text(config, encoding="utf-8"))
     stop = stop_on_ctrl_c()
     metrics = Metrics(out / "metrics.jsonl", state["metrics_bytes"] if state else 0)
-    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads")
+    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads", flush=True)
 
-    torch.manual_seed(s.seed)
-    if state and state["stage"] == "rl":
-        pass
-    elif s.base:
+    in_rl = state is not None and state["stage"] == "rl"
+    if not in_rl and s.base:
         save_checkpoint(out / "base.pt", base or load_model(s.base, device, context))
-    else:
-        model = GPT(s.model_config()).to(device)
-        pretrain(s, out, model, device, state, metrics, stop)
-        state = None
+    elif not in_rl:
+        torch.manual_seed(s.seed)
+        pretrain(s, out, GPT(s.model_config()).to(device), device, state, metrics, stop)
     model = load_model(out / "base.pt", device, context)
     probe = make_probe(model, s, device)
     optimizer = adamw(model, s.lr, s.weight_decay)
-
-    if state is None:
-        inside = look_inside(model, *probe)
-        results, examples = evaluate(model, s, s.tiers, s.eval_problems, device)
-        layer = minibupo.target_layer(inside["d_mlp"]) if s.layer == "auto" else s.layer
-        target, done = Policy(layer, s.site), 0
-        metrics.write("internal", step=0, **inside)
-        metrics.write("eval", step=0, problems=s.eval_problems, tiers=results, examples=examples)
-        save_run(out, model, optimizer, 0, target, metrics)
-    else:
+    if in_rl:
         restore(out / "ckpt.pt", state, model, optimizer)
         target, done = Policy(*state["target"]), state["step"]
-    before = read_metrics(out, "eval")[0]
+    else:
+        target, done = measure_base(s, model, probe, device, metrics), 0
+        save_run(out, model, optimizer, 0, target, metrics)
+
     print_entropies(read_metrics(out, "internal")[0], target, s)
-    preflight(before["tiers"][str(s.n)], s)
+    preflight(read_metrics(out, "eval")[0]["tiers"][str(s.n)], s)
     train(s, out, model, target, optimizer, done, probe, device, metrics, stop)
     print_table(read_metrics(out, "eval"), s)
-    other = "grpo" if s.algo == "bupo" else "bupo"
-    print(f"\nall of it is in {out}; next, the other algorithm from the same base and on the same problems:\n"
-          f"  python train_toy.py --algo {other} --seed {s.seed} --base {out / 'base.pt'}")  # fmt: skip
+    print(f"\nall of it is in {out}; next, the other algorithm from the same base and on the same problems:\n  {other_command(s)}")
+
+
+def other_command(s: Settings) -> str:
+    """The command line that runs the other algorithm with otherwise the same options, from the same base."""
+    defaults = Settings(**PRESETS[s.preset])
+    of_the_base = ("n_layer", "d_model", "n_head", "qk_norm", "tied", "skip", "seed")
+    words = ["python train_toy.py --algo", "grpo" if s.algo == "bupo" else "bupo", f"--seed {s.seed}"]
+    words += [f"--preset {s.preset}"] if s.preset != "default" else []
+    for f in fields(s):
+        own = f.name in (*of_the_base, "algo", "layer", "site", "s_inter", "out_dir", "base", "preset") or f.name.startswith("pretrain")
+        if not own and getattr(s, f.name) != getattr(defaults, f.name):
+            words.append(f"--{f.name} {getattr(s, f.name)}")
+    return " ".join([*words, f"--base {Path(s.out_dir) / 'base.pt'}"])
 
 
 def print_entropies(inside: dict, target: Policy, s: Settings):

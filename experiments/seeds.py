@@ -1,8 +1,8 @@
 """README's first command with five seeds: where its table of results comes from.
 
-    python experiments/seeds.py          # about 15 minutes on two cores; finished seeds are not run again
+    python experiments/seeds.py          # about 10 minutes on two cores; finished seeds are not run again
 
-Appends a line a seed to experiments/results/seeds.jsonl and prints all of them as a Markdown table. The runs are in
+Two seeds at a time, each on one thread. Appends a line a seed to experiments/results/seeds.jsonl and prints all of them as a Markdown table. The runs are in
 out/seeds; the metrics of seed 0 are kept beside the results as a reference.
 """
 
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,19 @@ def run(seed: int) -> dict:
     out = ROOT / "out" / "seeds" / f"seed{seed}"
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    command = [sys.executable, "train_toy.py", "--seed", str(seed), "--out_dir", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "train_toy.py", "--seed", str(seed), "--threads", "1", "--out_dir", str(out)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.perf_counter() - started
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [r for r in records if r["kind"] == "eval"]
     if seed == 0:
         shutil.copy(out / "metrics.jsonl", RESULTS.parent / "seed0-metrics.jsonl")
+        (RESULTS.parent / "seed0-output.txt").write_text(printed, encoding="utf-8")
     return {
         "seed": seed,
         "seconds": round(seconds, 1),
         "pretrain_steps": max(r["step"] for r in records if r["kind"] == "pretrain"),
-        "target": json.loads((out / "config.json").read_text(encoding="utf-8"))["layer"],
+        "target_layer": torch.load(out / "ckpt.pt", weights_only=True)["target"][0],
         "before": evaluations[0]["tiers"],
         "after": evaluations[-1]["tiers"],
         "machine": f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -48,23 +50,25 @@ def run(seed: int) -> dict:
 def table(lines: list[dict]) -> str:
     """Avg@8 (%) before and after by tier, one row a seed, with mean and range."""
     tiers = list(lines[0]["before"])
-    rows = ["| seed | " + " | ".join(f"n = {n}" for n in tiers) + " | seconds |", "|" + "---|" * (len(tiers) + 2)]
+    rows = ["| seed | target layer | " + " | ".join(f"n = {n}" for n in tiers) + " | seconds |", "|" + "---|" * (len(tiers) + 3)]
     before, after = (100 * np.array([[line[when][n]["avg@8"] for n in tiers] for line in lines]) for when in ("before", "after"))
     for line, b, a in zip(lines, before, after):
-        rows.append(f"| {line['seed']} | " + " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(b, a)) + f" | {line['seconds']:.0f} |")
+        cells = " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(b, a))
+        rows.append(f"| {line['seed']} | {line['target_layer']} | {cells} | {line['seconds']:.0f} |")
     mean = " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(before.mean(0), after.mean(0)))
     spread = " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(before.std(0, ddof=1), after.std(0, ddof=1)))
     seconds = np.median([line["seconds"] for line in lines])
-    return "\n".join([*rows, f"| mean | {mean} | median {seconds:.0f} |", f"| std | {spread} | |"])
+    return "\n".join([*rows, f"| mean | | {mean} | median {seconds:.0f} |", f"| std | | {spread} | |"])
 
 
 if __name__ == "__main__":
     RESULTS.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
-    for seed in SEEDS:
-        if seed not in [line["seed"] for line in lines]:
-            lines.append(run(seed))
+    missing = [seed for seed in SEEDS if seed not in [line["seed"] for line in lines]]
+    with ThreadPoolExecutor(2) as pool:
+        for result in as_completed([pool.submit(run, seed) for seed in missing]):
+            lines.append(result.result())
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-            print(f"seed {seed}: {lines[-1]['seconds']:.0f} s", flush=True)
+            print(f"seed {lines[-1]['seed']}: {lines[-1]['seconds']:.0f} s", flush=True)
     print(table(sorted(lines, key=lambda line: line["seed"])))

@@ -284,12 +284,17 @@ def test_surrogate_and_gradient_against_a_loop(average):
 def test_gradient_flow_of_phase_1(policy, tied):
     """Eq. 15, 16: nothing above l (nor, for pi_ATTN^l, in the FFN of l), something at and below l and in E_u."""
     model = tiny(tied=tied)
-    bupo.update(model, still(model), rollouts(model, policy), policy, minibatches=1)
+    batch = rollouts(model, policy)
+    batch.tokens[batch.tokens == 8] = 7  # so that token 8 is never met
+    bupo.update(model, still(model), batch, policy, minibatches=1)
+    met = torch.zeros(11, dtype=torch.bool).index_fill(0, batch.tokens.flatten(), True)
     for name, grad in gradients(model).items():
         block = int(name.split(".")[1]) + 1 if name.startswith("blocks") else None
         frozen = name.startswith("final_norm") or (block or 0) > policy.layer
         frozen |= policy.site == "attn_out" and block == policy.layer and "mlp" in name
         assert (grad is None) if frozen else (grad.abs().max() > 0), name
+        if name == "embed.weight":  # tied, it is E_u as well, and every token's row learns that it was not chosen
+            assert not met[8] and (grad[8].abs().max() > 0) == tied
 
 
 @pytest.mark.parametrize("policy", [FULL, Policy(1), Policy(2, "attn_out"), Policy(2, "mlp_out")])

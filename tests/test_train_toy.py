@@ -290,11 +290,14 @@ def test_resume_exactly_at_the_phase_switch_and_longer(finished, tmp_path):
     assert (out / "ckpt.pt").read_bytes() == before
 
 
-def test_nan_stops_with_exit_code_1_and_keeps_the_checkpoint(finished, tmp_path, capsys):
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_nan_stops_with_exit_code_1_and_keeps_the_checkpoint(finished, tmp_path, capsys, minibatches):
+    """With two mini-batches the second one sees it; with one, the weights of a whole step are broken before anyone looks."""
     out = tmp_path / "nan"
-    assert run(*TINY, "--base", finished / "base.pt", "--lr", 1e30, "--out_dir", out) == 1
+    options = ["--save_every", 1, "--minibatches", minibatches]
+    assert run(*TINY, *options, "--base", finished / "base.pt", "--lr", 1e38, "--out_dir", out) == 1
     error = capsys.readouterr().err
-    assert "not finite" in error and "Traceback" not in error and error.count("\n") == 1
+    assert "finite" in error and "Traceback" not in error and error.count("\n") == 1
     kept = torch.load(out / "ckpt.pt", weights_only=True)
     assert kept["step"] == 0 and all(torch.isfinite(v).all() for v in kept["model"].values())
 
@@ -381,6 +384,16 @@ def test_option_values():
     assert toy.parse_options(["--algo", "grpo", "--steps", "2"])[0].s_inter == 0
     for preset in toy.PRESETS:
         toy.parse_options(["--preset", preset])
+
+
+def test_the_command_that_is_named_next_is_accepted(finished, capsys):
+    assert run("--resume", "--out_dir", finished) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    settings, given, _ = toy.parse_options(line.split()[2:])
+    stored = json.loads((finished / "config.json").read_text())
+    for name in ("n", "questions", "group", "minibatches", "steps", "seed", "eval_problems", "lr", "threads"):
+        assert getattr(settings, name) == stored[name]
+    assert settings.algo == "grpo" and given["base"] == str(finished / "base.pt")
 
 
 def test_help_has_every_option_and_its_default(capsys):
