@@ -208,6 +208,7 @@ class Settings:
     tied: bool = option(True, "unembed with the embedding matrix")
 
     skip: float = option(0.5, "probability that a line is left out of a solution that the base model learns from")
+    sloppy_from: int = option(400, "step of pretraining from which solutions are that sloppy; careful until half of it")
     pretrain_until: float = option(0.95, "end pretraining once this share of single operations is right")
     pretrain_max_steps: int = option(1000, "end pretraining here at the latest")
     pretrain_batch: int = option(48, "rows a step of pretraining, each with a solution of every size")
@@ -235,7 +236,7 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         lowest = dict(s_inter=0, steps=0, seed=0, threads=1, n=3, n_layer=2, questions=1, group=2, minibatches=1,
-                      pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
+                      sloppy_from=1, pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
                       probe_every=1, save_every=1)  # fmt: skip
         for name, low in lowest.items():
             if getattr(self, name) < low:
@@ -277,7 +278,7 @@ class Settings:
 
 PRESETS = {
     "default": {},
-    "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.5, pretrain_max_steps=450,
+    "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.6, sloppy_from=250, pretrain_max_steps=400,
                   questions=32, steps=20, s_inter=3, eval_problems=64),
     "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
                 steps=200, s_inter=15, pretrain_max_steps=5000),
@@ -413,9 +414,6 @@ def read_metrics(run: Path, kind: str) -> list[dict]:
 PRETRAIN, PROBLEMS, SAMPLE, SHUFFLE, EVALUATE, PROBE = range(6)  # what random numbers are for
 
 
-GROWN_SLOPPY = 400  # the step of pretraining from which solutions are as sloppy as they get; careful until half of it
-
-
 def numpy_rng(*key: int):
     """A numpy generator that depends on the key (seed, purpose, step, ...) alone."""
     return np.random.default_rng(key)
@@ -432,11 +430,11 @@ def pretraining_batch(s: Settings, step: int, length: int):
 
     Rows are packed not only to pad nothing. A model that meets each problem at the start of its row learns where the
     first line's operands stand and is lost on the second line; packed, it has to look behind the last `=`. And the
-    solutions are careful at first and grow sloppy later, up to step GROWN_SLOPPY: while any line may follow, the
+    solutions are careful at first and grow sloppy later, up to step s.sloppy_from: while any line may follow, the
     result of an operation is one of several right tokens, and operations are learned much more slowly.
     """
     rng, tokens, order, response = numpy_rng(s.seed, PRETRAIN, step), [], [], []
-    skip = s.skip * min(1.0, max(0.0, 2 * step / GROWN_SLOPPY - 1))
+    skip = s.skip * min(1.0, max(0.0, 2 * step / s.sloppy_from - 1))
     for n in range(2, s.n + 1):
         solved, end = worked_solutions(draw_problems(rng, s.pretrain_batch, n), rng, skip)
         t = np.arange(solved.shape[1])
@@ -477,7 +475,7 @@ def pretrain(s: Settings, out: Path, model, device, state, metrics: Metrics, sto
 
     bar = progress(range(step, s.pretrain_max_steps), "pretraining", step)
     started = time.perf_counter()
-    while step < s.pretrain_max_steps and (known < s.pretrain_until or step < GROWN_SLOPPY):
+    while step < s.pretrain_max_steps and (known < s.pretrain_until or step < s.sloppy_from):
         step += 1
         batch = pretraining_batch(s, step, model.cfg.context_length)
         tokens, response = (torch.tensor(a, device=device) for a in batch)
@@ -861,7 +859,7 @@ def run(s: Settings, given: dict, resume: bool):
 def other_command(s: Settings) -> str:
     """The command line that runs the other algorithm with otherwise the same options, from the same base."""
     defaults = Settings(**PRESETS[s.preset])
-    of_the_base = ("n_layer", "d_model", "n_head", "qk_norm", "tied", "skip", "seed")
+    of_the_base = ("n_layer", "d_model", "n_head", "qk_norm", "tied", "skip", "sloppy_from", "seed")
     words = ["python train_toy.py --algo", "grpo" if s.algo == "bupo" else "bupo", f"--seed {s.seed}"]
     words += [f"--preset {s.preset}"] if s.preset != "default" else []
     for f in fields(s):

@@ -2,8 +2,9 @@
 
     python experiments/seeds.py          # about 10 minutes on two cores; finished seeds are not run again
 
-Two seeds at a time, each on one thread. Appends a line a seed to experiments/results/seeds.jsonl and prints all of them as a Markdown table. The runs are in
-out/seeds; the metrics of seed 0 are kept beside the results as a reference.
+Two seeds at a time, each on one thread. Appends a line a seed to experiments/results/seeds.jsonl and prints all of
+them as a Markdown table. The runs are in out/seeds; metrics and output of seed 0 are kept beside the results as a
+reference.
 """
 
 import json

@@ -69,7 +69,7 @@ def test_token_logprobs_one_token_at_a_time(policy):
             inside = batch.prompt_len[i] <= t + 1 < batch.end[i]
             z = bupo.policy_logits(model, row[None, : t + 1], policy)[0, -1] / 0.7
             expected = z[row[t + 1]] - torch.logsumexp(z, 0) if inside else torch.tensor(0.0, dtype=torch.float64)
-            assert abs(float(logp[i, t] - expected)) < 1e-10
+            assert abs(float((logp[i, t] - expected).detach())) < 1e-10
 
 
 # ---- policies ----

@@ -19,7 +19,7 @@ import torch
 import train_toy as toy
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--n", "3", "--n_layer", "3", "--d_model", "32", "--pretrain_max_steps", "100", "--pretrain_batch", "32", "--questions", "8",
+TINY = ["--n", "3", "--n_layer", "3", "--d_model", "32", "--pretrain_max_steps", "100", "--pretrain_batch", "32", "--sloppy_from", "60", "--questions", "8",
         "--minibatches", "2", "--steps", "6", "--s_inter", "3", "--eval_problems", "24", "--eval_samples", "4", "--eval_every", "4",
         "--probe_every", "2", "--save_every", "2", "--threads", "1", "--layer", "2", "--device", "cpu"]  # fmt: skip
 
@@ -172,24 +172,26 @@ def test_problems_cover_their_split():
             toy.draw_problems(np.random.default_rng(0), count, n, "eval")
 
 
-def test_pretraining_rows():
-    """Each row is whole sloppy solutions one after another (the last cut off), and the marked tokens are their responses."""
-    s = toy.Settings(n=5)
-    tokens, response = toy.pretraining_batch(s, 1, 42)
+@pytest.mark.parametrize("step", [1, 500])
+def test_pretraining_rows(step):
+    """Each row is whole solutions one after another (the last cut off), careful at first and sloppy later, and the marked
+    tokens are their responses."""
+    s = toy.Settings()
+    tokens, response = toy.pretraining_batch(s, step, 42)
     assert tokens.shape == response.shape == (s.pretrain_batch, 42)
+    careful = []
     for row, marked in zip(tokens, response):
-        text = toy.decode(row).rstrip("<pad>").removesuffix("<eos") if row[-1] == toy.PAD else toy.decode(row)
-        for solution in text.split("<eos>")[:-1]:
-            assert toy.correct_steps(solution + "<eos>")
         start = 0
-        for end in [*np.flatnonzero(row == toy.EOS), 41]:
-            piece, mark = row[start : end + 1], marked[start : end + 1]
-            if len(piece) and piece[0] != toy.PAD and (piece == toy.EQUALS).any():
-                first = int(np.flatnonzero(piece == toy.EQUALS)[0])
-                assert not mark[: first + 1].any() and mark[first + 1 :].all()
-            start = end + 1
-    assert not np.array_equal(tokens, toy.pretraining_batch(s, 2, 42)[0])
-    assert np.array_equal(tokens, toy.pretraining_batch(s, 1, 42)[0])
+        for end in np.flatnonzero(row == toy.EOS) + 1:
+            text, n = toy.decode(row[start:end]), int(np.argmax(row[start:] == toy.EQUALS)) // 2 + 1
+            assert toy.correct_steps(text)
+            assert marked[start:end].tolist() == [False] * (2 * n) + [True] * (end - start - 2 * n)
+            careful.append(end - start == 2 * n + toy.careful_length(n))
+            start = end
+    assert len(careful) > 100
+    assert all(careful) if step == 1 else 0.3 < np.mean(careful) < 0.8
+    assert not np.array_equal(tokens, toy.pretraining_batch(s, step + 1, 42)[0])
+    assert np.array_equal(tokens, toy.pretraining_batch(s, step, 42)[0])
 
 
 # ---- runs ----
@@ -352,7 +354,7 @@ def test_broken_bases(finished, tmp_path, capsys, how, says):
     (["--algo", "grpo", "--layer", "2"], "--layer 2 is for phase 1"), (["--s_inter", "0", "--layer", "2"], "--layer 2 is for phase 1"),
     (["--algo", "grpo", "--s_inter", "3"], "--s_inter 3 is for phase 1"),
     (["--max_new_tokens", "19"], "max_new_tokens = 19 cannot hold the longest careful solution of a trained problem (n = 5), which takes 20"),
-    (["--group", "1"], "group must be at least 2, not 1"), (["--minibatches", "33"], "minibatches = 33 are more than questions = 32"),
+    (["--group", "1"], "group must be at least 2, not 1"), (["--minibatches", "65"], "minibatches = 65 are more than questions = 64"),
     (["--lr", "0"], "lr must be above 0"), (["--lr", "nan"], "lr must be above 0"), (["--skip", "1.5"], "skip must be in 0..1"),
     (["--n", "2"], "n must be at least 3"), (["--eval_problems", "1001"], "at most 1000"), (["--d_model", "63"], "does not divide d_model"),
     (["--resume"], "--resume needs --out_dir"), (["--resume", "--out_dir", "nowhere"], "holds no run to resume"),
