@@ -29,7 +29,7 @@ def run(seed: int) -> dict:
     out = ROOT / "out" / "seeds" / f"seed{seed}"
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    command = [sys.executable, "train_toy.py", "--seed", str(seed), "--threads", "1", "--out_dir", str(out)]
+    command = [sys.executable, "train_toy.py", "--seed", str(seed), "--threads", "1", "--out_dir", str(out.relative_to(ROOT))]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.perf_counter() - started
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
