@@ -1,6 +1,6 @@
 """What to do with AdamW's moments when BuPO goes over from phase 1 to phase 2.
 
-    python experiments/switch.py BASE.pt [BASE.pt ...]      # about two minutes a base on two cores
+    python experiments/switch.py BASE.pt [BASE.pt ...]      # about a minute and a half a base on two cores
 
 The layers above the target take their first step at the switch, and AdamW's first step is of size lr for every weight
 whatever the gradient says; E_u and the layers below carry the moments of another objective. So, from each base and
