@@ -13,7 +13,8 @@ Layers are numbered 1..L as in the paper and H^0 is the embedding.
 Shapes: B batch, T time, d = d_model, V = vocab_size, L = n_layer, H heads, K key/value heads, D = head_dim.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -221,6 +222,15 @@ class GPT(nn.Module):
             trace = block(h, rope, None if cache is None else cache[i], start)
             yield trace
             h = trace.resid_post
+
+    def truncated(self, layer: int) -> "GPT":
+        """A GPT with the same weights (not a copy) whose own policy is the internal policy of `layer`, softmax(H^layer E_u^T):
+        the blocks above and the final norm are gone. So an internal policy can be sampled like any other model."""
+        self.check_layer(layer, lowest=1)
+        short = copy.copy(self)
+        short.cfg = replace(self.cfg, n_layer=layer)
+        short._modules = dict(self._modules, blocks=self.blocks[:layer], final_norm=nn.Identity())
+        return short
 
     # ---- sampling ----
 

@@ -396,6 +396,17 @@ class Metrics:
         return self.file.tell()
 
 
+def read_settings(run: Path) -> Settings:
+    """The settings in a run's config.json. Raises ValueError for a directory that is no run."""
+    path = run / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run} holds no run: it has no config.json")
+    try:
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def read_metrics(run: Path, kind: str) -> list[dict]:
     """All records of one kind in a run's metrics.jsonl. Raises ValueError naming the line that is none."""
     records = []
@@ -555,11 +566,11 @@ def ended_by_limit(sampled):
 
 
 @torch.no_grad()
-def make_probe(base, s: Settings, device):
-    """64 held-out problems with the base model's own solutions, the fixed text on which the internal policies are
-    looked at as training goes on: tokens (64, T) and response mask (64, T-1)."""
-    expr = draw_problems(numpy_rng(s.seed, PROBE), 64, s.n, "eval")
-    sampled = base.generate(torch.tensor(prompts(expr), device=device), s.response_limit, eos_id=EOS, pad_id=PAD,
+def make_probe(model, s: Settings, device, problems=64):
+    """Held-out problems with a model's own solutions, tokens (P, T) and response mask (P, T-1). Those of the base are
+    the fixed text on which the internal policies are looked at as training goes on."""
+    expr = draw_problems(numpy_rng(s.seed, PROBE), problems, s.n, "eval")
+    sampled = model.generate(torch.tensor(prompts(expr), device=device), s.response_limit, eos_id=EOS, pad_id=PAD,
                             generator=torch_rng(device, s.seed, PROBE))  # fmt: skip
     return sampled.tokens, response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
 
@@ -616,6 +627,8 @@ def train(s: Settings, out: Path, model, target: Policy, optimizer, done: int, p
     bar = progress(range(done, s.steps), s.algo, done)
     for step in range(done + 1, s.steps + 1):
         policy = minibupo.policy_at(step, s.s_inter, target)  # Eq. 11
+        if step == s.s_inter + 1:
+            optimizer.state.clear()  # phase 1's moments are of another, larger gradient and would hold phase 2 back
         record = rl_step(s, model, optimizer, policy, target, step, device)
         metrics.write("step", step=step, **record)
         bar.update()
@@ -721,13 +734,7 @@ def resumed_settings(given: dict) -> Settings:
     (--steps may, to go on for longer)."""
     if "out_dir" not in given:
         raise ValueError("--resume needs --out_dir, the directory of the run to go on with")
-    path = Path(given["out_dir"]) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{given['out_dir']} holds no run to resume: it has no config.json")
-    try:
-        stored = Settings(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    stored = read_settings(Path(given["out_dir"]))
     for name, value in given.items():
         if name not in ("out_dir", "steps") and value != getattr(stored, name):
             raise ValueError(f"--{name} {value} does not match the run in {given['out_dir']}, which has {getattr(stored, name)}")
@@ -853,7 +860,8 @@ def run(s: Settings, given: dict, resume: bool):
     preflight(read_metrics(out, "eval")[0]["tiers"][str(s.n)], s)
     train(s, out, model, target, optimizer, done, probe, device, metrics, stop)
     print_table(read_metrics(out, "eval"), s)
-    print(f"\nall of it is in {out}; next, the other algorithm from the same base and on the same problems:\n  {other_command(s)}")
+    print(f"\nall of it is in {out}; next, see the internal policies as figures:\n  python analyze.py {out}\n"
+          f"and train with the other algorithm, from the same base and on the same problems:\n  {other_command(s)}")  # fmt: skip
 
 
 def other_command(s: Settings) -> str:

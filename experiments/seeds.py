@@ -20,6 +20,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_toy as toy  # noqa: E402
+
 RESULTS = ROOT / "experiments" / "results" / "seeds.jsonl"
 SEEDS = range(5)
 
@@ -32,15 +36,14 @@ def run(seed: int) -> dict:
     command = [sys.executable, "train_toy.py", "--seed", str(seed), "--threads", "1", "--out_dir", str(out.relative_to(ROOT))]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.perf_counter() - started
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [r for r in records if r["kind"] == "eval"]
+    evaluations = toy.read_metrics(out, "eval")
     if seed == 0:
         shutil.copy(out / "metrics.jsonl", RESULTS.parent / "seed0-metrics.jsonl")
         (RESULTS.parent / "seed0-output.txt").write_text(printed, encoding="utf-8")
     return {
         "seed": seed,
         "seconds": round(seconds, 1),
-        "pretrain_steps": max(r["step"] for r in records if r["kind"] == "pretrain"),
+        "pretrain_steps": toy.read_metrics(out, "pretrain")[-1]["step"],
         "target_layer": torch.load(out / "ckpt.pt", weights_only=True)["target"][0],
         "before": evaluations[0]["tiers"],
         "after": evaluations[-1]["tiers"],
@@ -49,7 +52,7 @@ def run(seed: int) -> dict:
 
 
 def table(lines: list[dict]) -> str:
-    """Avg@8 (%) before and after by tier, one row a seed, with mean and range."""
+    """Avg@8 (%) before and after by tier, one row a seed, with mean and standard deviation."""
     tiers = list(lines[0]["before"])
     rows = ["| seed | target layer | " + " | ".join(f"n = {n}" for n in tiers) + " | seconds |", "|" + "---|" * (len(tiers) + 3)]
     before, after = (100 * np.array([[line[when][n]["avg@8"] for n in tiers] for line in lines]) for when in ("before", "after"))

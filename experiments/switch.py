@@ -1,6 +1,6 @@
 """What to do with AdamW's moments when BuPO goes over from phase 1 to phase 2.
 
-    python experiments/switch.py BASE.pt [BASE.pt ...]      # about a minute and a half a base on two cores
+    python experiments/switch.py BASE.pt [BASE.pt ...]      # about two minutes a base on two cores
 
 The layers above the target take their first step at the switch, and AdamW's first step is of size lr for every weight
 whatever the gradient says; E_u and the layers below carry the moments of another objective. So, from each base and
@@ -12,6 +12,7 @@ step, the mean reward (with its standard deviation over the pairs of base and se
 import copy
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import train_toy as toy  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "switch.jsonl"
 S_INTER, STEPS, SEEDS, CPU = 5, 15, range(100, 103), torch.device("cpu")
+CHOICES = ("keep", "new", "warm")
 
 
 def after_phase_1(base: str, s: toy.Settings):
@@ -51,28 +53,35 @@ def phase_2(choice: str, model, optimizer, target, s: toy.Settings) -> list[dict
     return logs
 
 
-def main(bases: list[str]):
-    torch.set_num_threads(2)
-    logs = {"keep": [], "new": [], "warm": []}  # each (pairs, steps)
-    with open(RESULTS, "w", encoding="utf-8") as file:
-        for base in bases:
-            for seed in SEEDS:
-                s = toy.Settings(seed=seed, n_layer=toy.load_model(base).cfg.n_layer)
-                start = after_phase_1(base, s)
-                for choice in logs:
-                    logs[choice].append(phase_2(choice, *start, s))
-                    line = {"base": Path(base).parent.name, "seed": seed, "choice": choice, "steps": logs[choice][-1]}
-                    file.write(json.dumps(line) + "\n")
-    print(f"{len(logs['keep'])} pairs of base and seed; reward (std), clip fraction, gradient norm")
+def compare(base: str, seed: int) -> list[dict]:
+    """The three choices from one base and one seed: a result line each."""
+    torch.set_num_threads(1)
+    s = toy.Settings(seed=seed, n_layer=toy.load_model(base).cfg.n_layer)
+    start = after_phase_1(base, s)
+    name = Path(base).parent.name
+    return [{"base": name, "seed": seed, "choice": choice, "steps": phase_2(choice, *start, s)} for choice in CHOICES]
+
+
+def table(lines: list[dict]) -> str:
+    """By step: the mean reward with its standard deviation over pairs, clip fraction and gradient norm of each choice."""
+    rows = [f"{len(lines) // len(CHOICES)} pairs of base and seed: reward (std), clip fraction, gradient norm"]
     for i in range(STEPS - S_INTER):
         cells = []
-        for runs in logs.values():
-            reward, clip, norm = (np.array([run[i][k] for run in runs]) for k in ("reward", "clip_fraction", "grad_norm"))
-            cells.append(f"{reward.mean():.3f} ({reward.std(ddof=1):.3f}) {clip.mean():.4f} {norm.mean():.2f}")
-        print(f"step {S_INTER + 1 + i:2d}   " + "   ".join(f"{name}: {cell}" for name, cell in zip(logs, cells)))
+        for choice in CHOICES:
+            logs = [line["steps"][i] for line in lines if line["choice"] == choice]
+            reward, clip, norm = (np.array([log[k] for log in logs]) for k in ("reward", "clip_fraction", "grad_norm"))
+            cells.append(f"{choice}: {reward.mean():.3f} ({reward.std(ddof=1):.3f}) {clip.mean():.4f} {norm.mean():.2f}")
+        rows.append(f"step {S_INTER + 1 + i:2d}   " + "   ".join(cells))
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit("usage: python experiments/switch.py BASE.pt [BASE.pt ...]")
-    main(sys.argv[1:])
+    lines = []
+    with ProcessPoolExecutor(2) as pool, open(RESULTS, "w", encoding="utf-8") as file:
+        for job in as_completed([pool.submit(compare, base, seed) for base in sys.argv[1:] for seed in SEEDS]):
+            lines += job.result()
+            file.writelines(json.dumps(line) + "\n" for line in job.result())
+            file.flush()
+    print(table(lines))

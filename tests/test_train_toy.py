@@ -223,6 +223,12 @@ def test_phase_1_trains_the_layers_below_alone(finished):
         assert not torch.equal(phase1[name], final[name])
 
 
+def test_moments_are_new_at_the_switch(finished):
+    steps = [r["optimizer_steps"] for r in records(finished, "step") if r["phase"] == "policy"]
+    state = torch.load(finished / "ckpt.pt", weights_only=True)["optimizer"]["state"]
+    assert {int(of["step"]) for of in state.values()} == {sum(steps)} and 0 < sum(steps) <= 6
+
+
 def test_same_seed_same_run_and_another_seed_another(finished, tmp_path):
     assert run(*TINY, "--out_dir", tmp_path / "again") == 0
     assert_same_run(finished, tmp_path / "again")
@@ -357,7 +363,7 @@ def test_broken_bases(finished, tmp_path, capsys, how, says):
     (["--group", "1"], "group must be at least 2, not 1"), (["--minibatches", "65"], "minibatches = 65 are more than questions = 64"),
     (["--lr", "0"], "lr must be above 0"), (["--lr", "nan"], "lr must be above 0"), (["--skip", "1.5"], "skip must be in 0..1"),
     (["--n", "2"], "n must be at least 3"), (["--eval_problems", "1001"], "at most 1000"), (["--d_model", "63"], "does not divide d_model"),
-    (["--resume"], "--resume needs --out_dir"), (["--resume", "--out_dir", "nowhere"], "holds no run to resume"),
+    (["--resume"], "--resume needs --out_dir"), (["--resume", "--out_dir", "nowhere"], "holds no run: it has no config.json"),
     (["--base", "nowhere.pt"], "nowhere.pt"),
 ])  # fmt: skip
 def test_impossible_options(argv, says, tmp_path, monkeypatch, capsys):
