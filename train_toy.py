@@ -192,7 +192,7 @@ class Settings:
     site: str = option("resid_post", "policy of phase 1: of the layer, its attention or its FFN",
                        choices=("resid_post", "attn_out", "mlp_out"))  # fmt: skip
     s_inter: int = option(5, "steps of phase 1")
-    steps: int = option(60, "steps of RL in all")
+    steps: int = option(80, "steps of RL in all")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(2, "CPU threads; small models gain nothing from many")
