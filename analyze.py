@@ -82,7 +82,8 @@ def label_ends(ax, ends):
     gap, free = 0.075 * (high - low), -np.inf
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
         free = max(y, free + gap)
-        ax.annotate(text, (x, free), xytext=(4, 0), textcoords="offset points", color=colour, fontsize=7, va="center")
+        ax.annotate(text, (x, free), xytext=(4, 0), textcoords="offset points", color=colour, fontsize=7, va="center",
+                    annotation_clip=False)  # fmt: skip
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -211,28 +212,30 @@ def over_seeds(curves) -> tuple:
     return xs, np.array([np.mean(c) for c in columns]), np.array([np.std(c, ddof=1) if len(c) > 1 else 0.0 for c in columns])
 
 
-def draw_groups(ax, groups: dict, curve, marker=None):
-    """For each group of runs the mean curve over seeds with a band of one standard deviation; curve(run) -> {x: y}.
-    Returns whether there was anything to draw."""
-    ends = []
-    for colour, (label, runs) in zip(COLOURS * len(groups), groups.items()):
+def colour_groups(figure, groups: dict) -> dict:
+    """A colour for each group of runs, {label: colour}, with a legend where there are several."""
+    colours = dict(zip(groups, COLOURS * len(groups)))
+    if len(groups) > 1:
+        lines = [plt.Line2D([], [], color=colour) for colour in colours.values()]
+        figure.legend(lines, colours, ncols=1 if max(map(len, colours)) > 50 else 3, loc="outside upper center")
+    return colours
+
+
+def draw_groups(ax, groups: dict, colours: dict, curve, marker=None):
+    """For each group of runs the mean curve over seeds with a band of one standard deviation, curve(run) -> {x: y}, and a
+    dotted line at its change from phase 1 to phase 2."""
+    for label, runs in groups.items():
         curves = [c for c in map(curve, runs) if c]
         if curves:
             xs, mean, std = over_seeds(curves)
-            ax.plot(xs, mean, color=colour, marker=marker)
-            ax.fill_between(xs, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
-            ends.append((xs[-1], mean[-1], label, colour))
-    if len(groups) > 1:
-        label_ends(ax, ends)
-    return bool(ends)
-
-
-def mark_switch(ax, groups: dict):
-    """A dotted line at each group's change from phase 1 to phase 2."""
-    for s_inter in sorted({runs[0].settings.s_inter for runs in groups.values()} - {0}):
-        ax.axvline(s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
-        ax.annotate("switch", (s_inter + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(2, -2), textcoords="offset points",
-                    color=GREY, fontsize=6, va="top")  # fmt: skip
+            ax.plot(xs, mean, color=colours[label], marker=marker)
+            ax.fill_between(xs, mean - std, mean + std, color=colours[label], alpha=0.2, linewidth=0)
+        if runs[0].settings.s_inter:
+            ax.axvline(runs[0].settings.s_inter + 0.5, color=colours[label] if len(groups) > 1 else GREY, linewidth=0.8, linestyle=":")
+    first = min((runs[0].settings.s_inter for runs in groups.values() if runs[0].settings.s_inter), default=None)
+    if first:
+        ax.annotate("switch", (first + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(2, 0), textcoords="offset points",
+                    color=GREY, fontsize=6, va="bottom")  # fmt: skip
 
 
 # ---- what a model is looked at on ----------------------------------------------------------------------------------
@@ -400,14 +403,14 @@ def draw_dynamics(groups: dict):
     def held_out(run):
         return {r["step"]: 100 * accuracy(r, run.settings.n) for r in run.records["eval"]}
 
-    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.1))
+    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.2))
+    colours = colour_groups(figure, groups)
     panels = ((steps("reward"), "training reward"), (held_out, "held-out accuracy (%)"), (steps("policy_entropy"), "policy entropy (nats)"),
               (steps("length"), "response length (tokens)"))  # fmt: skip
     for i, (ax, (curve, title)) in enumerate(zip(axes, panels)):
-        draw_groups(ax, groups if i == 3 else {f"{j}": runs for j, runs in enumerate(groups.values())}, curve, "o" if i == 1 else None)
-        ax.set_title(title)
+        draw_groups(ax, groups, colours, curve, marker="o" if i == 1 else None)
+        ax.set_title(title, pad=9)
         ax.set_xlabel("step")
-        mark_switch(ax, groups)
     return figure
 
 
@@ -425,25 +428,26 @@ def analyze_dynamics(runs: list[Run], out: Output):
 def draw_refinement(groups: dict):
     """Feature refinement (Fig. 5): cos(H^l, H^L) of the target layer, its entropy change and the perplexity of the base
     model's own solutions under pi_theta over steps, then for each setting the cosines of all layers."""
-    figure = plt.figure(figsize=(WIDTH, 4.3))
+    figure = plt.figure(figsize=(WIDTH, 4.5))
     upper, lower = figure.subfigures(2, 1)
+    colours = colour_groups(upper, groups)
     panels = ((lambda run: {r["step"]: r["cos_final"][run.target] for r in run.records["internal"]}, "cos($H^l$, $H^L$), target layer"),
               (lambda run: {r["step"]: r["d_layer"][run.target - 1] for r in run.records["internal"]}, "$dH_{Layer}$, target layer (nats)"),
               (lambda run: {r["step"]: r["perplexity"] for r in run.records["internal"]}, "perplexity of base solutions"))  # fmt: skip
-    for i, (ax, (curve, title)) in enumerate(zip(upper.subplots(1, 3), panels)):
-        draw_groups(ax, groups if i == 2 else {f"{j}": runs for j, runs in enumerate(groups.values())}, curve)
-        ax.set_title(title)
-        mark_switch(ax, groups)
+    for ax, (curve, title) in zip(upper.subplots(1, 3), panels):
+        draw_groups(ax, groups, colours, curve)
+        ax.set_title(title, pad=9)
     for i, (ax, (label, runs)) in enumerate(zip(lower.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups.items())):
         ends, L = [], runs[0].settings.n_layer
         for l in range(L):
             xs, mean, _ = over_seeds([{r["step"]: r["cos_final"][l] for r in run.records["internal"]} for run in runs])
-            colour = plt.cm.cividis(0.9 * l / L)
+            colour = plt.cm.cividis(0.8 * l / L)
             ax.plot(xs, mean, color=colour)
             ends.append((xs[-1], mean[-1], "emb." if l == 0 else f"{l}", colour))
         label_ends(ax, ends)
-        mark_switch(ax, {label: runs})
-        ax.set_title(f"{label}, all layers")
+        if runs[0].settings.s_inter:
+            ax.axvline(runs[0].settings.s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
+        ax.set_title(f"{label}, all layers" if len(label) < 90 // len(groups) else label)
         ax.set_xlabel("step")
         if i == 0:
             ax.set_ylabel("cos($H^l$, $H^L$)")
@@ -469,7 +473,7 @@ def sample_counts(model, s: toy.Settings, n: int, problems: int, samples: int) -
     device = next(model.parameters()).device
     expr = toy.draw_problems(toy.numpy_rng(s.seed, toy.EVALUATE, n), problems, n, "eval")
     generator, counts = toy.torch_rng(device, s.seed, toy.EVALUATE, n), []
-    for chunk in np.array_split(expr, -(-problems * samples // 4096)):
+    for chunk in np.array_split(expr, -(-problems * samples // 2048)):
         sampled = model.generate(torch.tensor(toy.prompts(chunk), device=device), s.response_limit, num_samples=samples,
                                  eos_id=toy.EOS, pad_id=toy.PAD, generator=generator)  # fmt: skip
         answers = torch.tensor(toy.worked_lines(chunk)[-1][:, 0], device=device).repeat_interleave(samples)
@@ -483,7 +487,7 @@ def pass_curve(counts, samples: int, ks) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(1), values.std(1, ddof=1) / values.shape[1] ** 0.5 if values.shape[1] > 1 else 0 * values[:, 0]
 
 
-def analyze_passk(runs: list[Run], out: Output, problems=32, samples=256):
+def analyze_passk(runs: list[Run], out: Output, problems=16, samples=256):
     """The figure "passk" (Fig. 6) and passk.json: Pass@K by tier before and after RL, from `samples` responses to each
     of `problems` held-out problems, pooled over the runs of a setting; the band is one standard error over problems."""
     if samples < 1 or not 1 <= problems <= 1000:
@@ -759,7 +763,7 @@ def parse_arguments(argv) -> argparse.Namespace:
     command("dynamics", "reward, accuracy, entropy and length over steps", several=True)
     command("refinement", "cosines to the final layer over steps", several=True)
     passk = command("passk", "Pass@K for K = 1..256", several=True)
-    passk.add_argument("--problems", type=int, default=32, help="held-out problems a tier (default: 32)")
+    passk.add_argument("--problems", type=int, default=16, help="held-out problems a tier (default: 16)")
     passk.add_argument("--samples", type=int, default=256, help="responses to each of them (default: 256)")
     lens = command("lens", "what every internal policy would say, position by position")
     lens.add_argument("prompt", metavar="PROMPT", help="such as 7+5*3-2=")

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
-from test_train_toy import TINY, arithmetic
+from conftest import TINY, tiny
+from test_train_toy import arithmetic
 
 import analyze
 import minibupo
@@ -48,20 +48,18 @@ def evaluation(step, value, samples=8, tiers=(3, 4)):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A short BuPO run, and a GRPO run from its base."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs")
-    assert toy.main([*TINY, "--out_dir", str(folder / "bupo")]) == 0
+def grpo(finished, tmp_path_factory):
+    """A GRPO run from the base of the finished BuPO run."""
+    out = tmp_path_factory.mktemp("runs") / "grpo"
     options = [a for i, a in enumerate(TINY) if a not in ("--s_inter", "--layer") and TINY[i - 1] not in ("--s_inter", "--layer")]
-    assert toy.main([*options, "--algo", "grpo", "--base", str(folder / "bupo" / "base.pt"), "--out_dir", str(folder / "grpo")]) == 0
-    return folder
+    assert toy.main([*options, "--algo", "grpo", "--base", str(finished / "base.pt"), "--out_dir", str(out)]) == 0
+    return out
 
 
 @pytest.fixture
-def copied(trained, tmp_path):
-    """A copy of the BuPO run, to be damaged."""
-    return Path(shutil.copytree(trained / "bupo", tmp_path / "run"))
+def copied(finished, tmp_path):
+    """A copy of the BuPO run, to be written to and damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def run(*argv):
@@ -219,8 +217,8 @@ def test_seed_base_and_machine_are_no_setting(tmp_path):
 # ---- Pass@K ----
 
 
-def test_counts_are_those_of_a_loop_over_responses(trained):
-    r = analyze.read_run(trained / "bupo")
+def test_counts_are_those_of_a_loop_over_responses(finished):
+    r = analyze.read_run(finished)
     model = analyze.load(r, "final")
     counts = analyze.sample_counts(model, r.settings, 3, 6, 20)
     expr = toy.draw_problems(toy.numpy_rng(0, toy.EVALUATE, 3), 6, 3, "eval")
@@ -327,9 +325,9 @@ class Browser:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
-def test_lens_page_in_a_browser(trained, tmp_path):
-    assert run("lens", trained / "bupo", "7+5*3=", "--text", "2*3=6<eos>", "--out", tmp_path) == 0
-    r = analyze.read_run(trained / "bupo")
+def test_lens_page_in_a_browser(finished, tmp_path):
+    assert run("lens", finished, "7+5*3=", "--text", "2*3=6<eos>", "--out", tmp_path) == 0
+    r = analyze.read_run(finished)
     tokens, mask = analyze.probe_text(r, analyze.load(r, "base"), text="2*3=6<eos>", prompt="7+5*3=")
     names = ["base", "phase1", "final"]
     cells = {name: analyze.lens_cells(analyze.load(r, name), tokens, mask) for name in names}
@@ -404,11 +402,11 @@ def test_a_truncated_model_is_the_internal_policy(layer):
     assert short.embed.weight is model.embed.weight
 
 
-def test_sample_prints_responses_and_accuracy(trained, capsys):
-    assert run("sample", trained / "bupo", "--layer", 2, "--count", 3, "--problems", 16, "7+5*3=") == 0
+def test_sample_prints_responses_and_accuracy(finished, capsys):
+    assert run("sample", finished, "--layer", 2, "--count", 3, "--problems", 16, "7+5*3=") == 0
     printed = capsys.readouterr().out
     assert "responses of layer 2's policy (final):" in printed and printed.count("7+5*3= ") == 3
-    r = analyze.read_run(trained / "bupo")
+    r = analyze.read_run(finished)
     model = analyze.load(r, "final").truncated(2)
     tier = toy.evaluate(model, r.settings, [3], 16, "cpu")[0]["3"]
     assert f"n = 3   policy of layer 2 {100 * tier['avg@4']:5.1f}" in printed
@@ -432,9 +430,9 @@ def test_everything_of_a_run(copied, capsys):
 
 
 @pytest.mark.parametrize("command", ["dynamics", "refinement", "table", "passk"])
-def test_several_runs_together(trained, tmp_path, command):
+def test_several_runs_together(finished, grpo, tmp_path, command):
     more = ["--problems", 4, "--samples", 8] if command == "passk" else []
-    assert run(command, trained / "bupo", trained / "grpo", "--out", tmp_path, "--pdf", *more) == 0
+    assert run(command, finished, grpo, "--out", tmp_path, "--pdf", *more) == 0
     if command == "table":
         assert "| GRPO | 1 | 6 |" in (tmp_path / "table.md").read_text()
     else:
@@ -443,8 +441,8 @@ def test_several_runs_together(trained, tmp_path, command):
         assert set(json.loads((tmp_path / "passk.json").read_text())["curves"]) == {"base", "BuPO", "GRPO"}
 
 
-def test_perplexity_and_cosines_drawn_are_those_logged(trained):
-    r = analyze.read_run(trained / "bupo")
+def test_perplexity_and_cosines_drawn_are_those_logged(finished):
+    r = analyze.read_run(finished)
     figure = analyze.draw_refinement(analyze.group_runs([r]))
     axes = [ax for sub in figure.subfigs for ax in sub.axes]
     internal = r.records["internal"]
@@ -492,8 +490,8 @@ def spoil_metrics(path):
         (["lens", "RUN", "7+5" * 50 + "="], "leaves no room"), (["passk", "RUN", "--samples", "0"], "--samples must be at least 1"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence(trained, capsys, argv, says):
-    path = str(trained / "bupo")
+def test_bad_input_is_one_sentence(finished, capsys, argv, says):
+    path = str(finished)
     assert run(*[a.replace("RUN", path) for a in argv]) == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("analyze.py: ") and error.count("\n") == 1 and "Traceback" not in error

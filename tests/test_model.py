@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPTConfig, sample
 
@@ -243,3 +244,24 @@ def test_bad_input_is_named():
     for call, says in cases:
         with pytest.raises(ValueError, match=says):
             call()
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: reading a number, and picking rows by a mask."""
+
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        masked = f is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += masked or f in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return f(*args, **(kwargs or {}))
+
+
+def test_sampling_waits_for_the_device_only_now_and_then():
+    model, counts = tiny(context_length=128), []
+    for new in (20, 40, 80):
+        with Synchronisations() as seen:
+            model.generate(torch.ones(4, 3, dtype=torch.long), new, layer=2, eos_id=None, generator=torch.Generator().manual_seed(0))
+        counts.append(seen.count)
+    assert counts[0] > 0  # the counter counts
+    assert [b - a for a, b in zip(counts, counts[1:])] == [20 / 4, 40 / 4]  # one check in four steps

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 import train_toy as toy
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--n", "3", "--n_layer", "3", "--d_model", "32", "--pretrain_max_steps", "100", "--pretrain_batch", "32", "--sloppy_from", "60", "--questions", "8",
-        "--minibatches", "2", "--steps", "6", "--s_inter", "3", "--eval_problems", "24", "--eval_samples", "4", "--eval_every", "4",
-        "--probe_every", "2", "--save_every", "2", "--threads", "1", "--layer", "2", "--device", "cpu"]  # fmt: skip
+
 
 
 def arithmetic(text):
@@ -55,14 +54,6 @@ def assert_same_run(a, b):
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(v, b["optimizer"]["state"][key][k]) for k, v in state.items())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole tiny run, never stopped."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    assert run(*TINY, "--out_dir", out) == 0
-    return out
 
 
 # ---- tokens ----
