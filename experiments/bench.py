@@ -493,7 +493,7 @@ def main(argv=None) -> int:
     if unknown := set(o.sections) - SECTIONS.keys():
         parser.error(f"there is no section {', '.join(sorted(unknown))}")
     if "run" in o.sections and not o.base:
-        parser.error("run needs --base, a base.pt of train_toy.py")
+        parser.error("run needs --base, a base.pt that train_toy.py has left in its --out_dir")
     o.rounds = 2 if o.quick else o.rounds
     torch.set_num_threads(o.threads)
     path = o.out or (None if o.quick else RESULTS)

@@ -7,6 +7,9 @@ ours. There is no reference model (beta = 0), and what would only slow it down i
 (both on by default), logging, saving, evaluation, progress bars. It samples by transformers' `generate` with its default
 cache, since vLLM needs a GPU. Old log-probabilities it computes in a pass of its own, as it must where one batch of
 rollouts serves several optimizer steps. Rewards are told from token ids, so that no text need be parsed.
+
+Tried on the default toy model with TRL 1.16, one thread, and no faster (a step took 1.5 s): a static cache 1.7 s, eager
+attention 1.6 s, torch_compile 1.6 s after 75 s of compiling, transformers' continuous batching 9 s, bfloat16 10 s.
 """
 
 import os
