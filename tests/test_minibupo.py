@@ -161,7 +161,7 @@ def test_internal_entropies_against_a_float64_loop(chunk):
     W = model.lm_head.weight.detach()
 
     def H(h):
-        p = (W @ h).softmax(0)
+        p = (W @ h.detach()).softmax(0)
         return -sum(float(x) * math.log(float(x)) for x in p)
 
     traces = list(model.trace(batch.tokens))
