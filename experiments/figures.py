@@ -1,6 +1,6 @@
 """README's figures, from the five runs of experiments/seeds.py.
 
-    python experiments/figures.py        # after seeds.py; about three minutes; writes experiments/figures/*.png
+    python experiments/figures.py        # after seeds.py; about five minutes; writes experiments/figures/*.png
 
 Entropies and the lens are of seed 0, the others of all five seeds.
 """
