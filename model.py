@@ -9,12 +9,17 @@ reinforcement learning. What a method built on internal policies needs of a mode
     model.trace(tokens)             layer by layer, all that is read from and written to the stream (LayerTrace)
     model.unembed(h)                h E_u^T, *without* the final norm
 
+GPT.from_pretrained reads the weights of a Qwen3, Qwen2.5 or Llama checkpoint into it.
 Layers are numbered 1..L as in the paper and H^0 is the embedding.
 Shapes: B batch, T time, d = d_model, V = vocab_size, L = n_layer, H heads, K key/value heads, D = head_dim.
 """
 
 import copy
+import importlib
+import json
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,6 +45,7 @@ class GPTConfig:
     qkv_bias: bool = False  # Qwen2.5 has it
     tied: bool = True  # E_u is the token embedding
     rope_theta: float = 10_000.0
+    rope_divisors: tuple | None = None  # what each of the D/2 rotary frequencies is divided by (Llama 3); None: by 1
     norm_eps: float = 1e-6
 
     def __post_init__(self):
@@ -58,6 +64,8 @@ class GPTConfig:
             raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
         if self.d_mlp < 1:
             raise ValueError(f"d_mlp must be at least 1, not {self.d_mlp}")
+        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
+            raise ValueError(f"rope_divisors must be head_dim / 2 = {self.head_dim // 2} numbers, not {len(self.rope_divisors)}")
 
 
 class LayerTrace(NamedTuple):
@@ -189,6 +197,32 @@ class GPT(nn.Module):
         cos, sin = rope_table(cfg)
         self.register_buffer("cos", cos, persistent=False)  # (context_length, 1, D)
         self.register_buffer("sin", sin, persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_pretrained(cls, source, *, dtype=torch.float32, device="cpu", context_length=None) -> "GPT":
+        """A checkpoint of the Qwen3, Qwen2 (2.5) or Llama architecture (SmolLM2 has it too) as a GPT.
+
+        source: a directory with config.json and safetensors, one file or shards with their index, or a model's name on
+        the Hugging Face hub. Needs the optional extra `hf`. Tensors are read one at a time straight into
+        their place, in `dtype` on `device`, so that no second copy of the weights is held. context_length None is the
+        checkpoint's longest, but no more than 4096: the rotary table is made for all of it. Raises ValueError for what
+        cannot be read and for what this file would compute wrongly, and ImportError without the extra.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type such as torch.float32 or torch.bfloat16, not {dtype}")
+        settings, tensors = open_checkpoint(source)
+        cfg = checkpoint_config(settings, context_length)
+        with torch.device("meta"):  # shapes without memory
+            model = cls(cfg)
+        if cfg.tied:
+            model.lm_head.weight = None  # to_empty would make it a matrix of its own
+        model = model.to(dtype).to_empty(device=device)
+        if cfg.tied:
+            model.lm_head.weight = model.embed.weight
+        model.cos, model.sin = (table.to(device, dtype) for table in rope_table(cfg))
+        fill(model, tensors)
+        return model
 
     # ---- the four calls ----
 
@@ -347,6 +381,8 @@ class GPT(nn.Module):
 def rope_table(cfg: GPTConfig):
     """cos and sin (context_length, 1, D) of position x theta^(-2i/D), for pairs that lie D/2 apart (as in Llama)."""
     frequency = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    if cfg.rope_divisors is not None:
+        frequency = frequency / torch.tensor(cfg.rope_divisors, dtype=torch.float64)
     angle = torch.arange(cfg.context_length, dtype=torch.float64)[:, None] * frequency
     angle = torch.cat((angle, angle), dim=-1)[:, None]
     return angle.cos().float(), angle.sin().float()
@@ -365,3 +401,172 @@ def sample(log_pi, temperature: float, generator=None):
         return log_pi.argmax(-1)
     noise = torch.empty_like(log_pi).exponential_(generator=generator)
     return (log_pi - noise.log()).argmax(-1)
+
+
+# ---- pretrained checkpoints ------------------------------------------------------------------------------------
+
+
+def need(package: str):
+    """Import a package of the optional extra `hf`. Raises ImportError, saying what to install, if it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(f'{package} is needed to read pretrained models: pip install -e ".[hf]"') from None
+
+
+def open_checkpoint(source):
+    """A checkpoint's settings, under the names of config.json, and its (name, tensor) pairs, lazily, one at a time."""
+    path = Path(source)
+    if not path.exists():
+        path = Path(download(str(source)))
+    settings = read_json(path / "config.json")
+    return settings, safetensors_of(path)
+
+
+def download(name: str) -> str:
+    """The local directory of a model of the Hugging Face hub; what is there already is not fetched again."""
+    hub = need("huggingface_hub")
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "merges.txt"]
+    try:
+        return hub.snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # no network, no such name, not allowed: the hub has an exception for each
+        raise ValueError(f"{name!r} is no local file or directory, and the Hugging Face hub did not give it "
+                         f"({type(error).__name__})") from error  # fmt: skip
+
+
+def read_json(path) -> dict:
+    """A JSON object from a file. Raises ValueError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def safetensors_of(directory):
+    """Yield (name, tensor) of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    safetensors = need("safetensors")
+    shards, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+    if not (directory / shards[0]).exists():
+        if not index.exists():
+            raise ValueError(f"{directory} has neither {shards[0]} nor {index.name}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map")
+        shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not (directory / shard).exists():
+            raise ValueError(f"{directory} has no {shard}, which {index.name} lists")
+    for shard in shards:
+        try:
+            with safetensors.safe_open(directory / shard, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{directory / shard} is truncated or not a safetensors file ({error})") from None
+
+
+def checkpoint_config(c: dict, context_length=None) -> GPTConfig:
+    """The GPTConfig of a checkpoint's settings c. Raises ValueError, by name, for what GPT cannot represent."""
+    kind = c.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"model_type must be llama, qwen2 or qwen3, not {kind!r}")
+    layers = c.get("layer_types") or (["sliding_attention"] if c.get("use_sliding_window") else [])
+    if set(layers) - {"full_attention"}:
+        raise ValueError(f"layer_types must all be full_attention, not {', '.join(sorted(set(layers)))}")
+    for name, only in [("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("attention_dropout", 0),
+                       ("partial_rotary_factor", 1), ("num_experts", 0), ("quantization_config", None)]:  # fmt: skip
+        # attention_bias would be one on o_proj too; the qkv bias of Qwen2 is not a setting
+        if c.get(name) not in (None, only):
+            raise ValueError(f"{name} must be {only}, not {c[name]!r}")
+    sizes = {}
+    for ours, name in [("vocab_size", "vocab_size"), ("n_layer", "num_hidden_layers"), ("d_model", "hidden_size"),
+                       ("n_head", "num_attention_heads"), ("d_mlp", "intermediate_size"),
+                       ("context_length", "max_position_embeddings")]:  # fmt: skip
+        if not isinstance(c.get(name), int):
+            raise ValueError(f"{name} must be an integer, not {c.get(name)!r}")
+        sizes[ours] = c[name]
+    longest = sizes["context_length"]
+    if context_length is not None and not 1 <= context_length <= longest:
+        raise ValueError(f"context_length must be in 1..{longest}, the checkpoint's longest, not {context_length}")
+    sizes["context_length"] = context_length or min(longest, 4096)
+    cfg = GPTConfig(**sizes, n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim"), qk_norm=kind == "qwen3",
+                    qkv_bias=kind == "qwen2", tied=bool(c.get("tie_word_embeddings", False)),
+                    norm_eps=c.get("rms_norm_eps", 1e-6))  # fmt: skip
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer layout holds rope_theta as well
+    theta = rope.get("rope_theta", c.get("rope_theta", 10_000.0))
+    return replace(cfg, rope_theta=theta, rope_divisors=rope_divisors(rope, theta, cfg.head_dim))
+
+
+def rope_divisors(rope: dict, theta: float, head_dim: int):
+    """Llama 3's rope scaling: a frequency f makes n = f x original_max_position_embeddings / 2 pi turns in the context
+    of pretraining. Where n < low_freq_factor f is divided by `factor`, where n > high_freq_factor it stays, and
+    between them 1 / divisor goes linearly in n. None without scaling; ValueError for one of another kind."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']!r}")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_type must be default or llama3, not {kind!r}")
+    try:
+        factor, low, high, context = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor",
+                                                                     "original_max_position_embeddings"))  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"rope scaling llama3 has no {error.args[0]}") from None
+    frequency = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    kept = [min(max((f * context / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in frequency]
+    return tuple(1 / ((1 - w) / factor + w) for w in kept)
+
+
+def places(model) -> dict:
+    """Where a checkpoint's tensors go: name -> a parameter, or some rows of one. Together they are all parameters."""
+    where = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.final_norm.weight}
+    if not model.cfg.tied:
+        where["lm_head.weight"] = model.lm_head.weight
+    for i, block in enumerate(model.blocks):
+        parts = {
+            "input_layernorm.weight": block.attn_norm.weight,
+            "self_attn.o_proj.weight": block.attn.out.weight,
+            "post_attention_layernorm.weight": block.mlp_norm.weight,
+            "mlp.down_proj.weight": block.mlp.down.weight,
+        }
+        parts["mlp.gate_proj.weight"], parts["mlp.up_proj.weight"] = block.mlp.gate_up.weight.chunk(2)
+        for kind, fused in block.attn.qkv.named_parameters():  # weight, and bias if there is one
+            rows = fused.split([heads * model.cfg.head_dim for heads in block.attn.heads])
+            parts.update({f"self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", rows)})
+        if model.cfg.qk_norm:
+            parts["self_attn.q_norm.weight"] = block.attn.q_norm.weight
+            parts["self_attn.k_norm.weight"] = block.attn.k_norm.weight
+        where.update({f"model.layers.{i}.{name}": part for name, part in parts.items()})
+    return where
+
+
+@torch.no_grad()
+def fill(model, tensors):
+    """Copy (name, tensor) pairs into the model's parameters, each exactly once. Raises ValueError for a tensor that has
+    no place, does not fit or comes twice, and for a place that none has filled."""
+    where, filled = places(model), set()
+    for name, tensor in tensors:
+        if name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints store it; rope_table computes it
+            continue
+        if model.cfg.tied and name == "lm_head.weight":  # some tied checkpoints hold E_u under both names
+            name = "model.embed_tokens.weight"
+        place = where.get(name)
+        if place is None:
+            raise ValueError(f"the checkpoint has a tensor {name}, for which this architecture has no place")
+        if tensor.shape != place.shape or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, but its configuration asks for "
+                             f"{tuple(place.shape)} of a floating-point type")  # fmt: skip
+        if name not in filled:
+            place.copy_(tensor)
+        elif not model.cfg.tied or place is not model.embed.weight or not torch.equal(place, tensor.to(place)):
+            raise ValueError(f"the checkpoint has {name} twice, or is not tied as its configuration says")
+        filled.add(name)
+    missing = [name for name in where if name not in filled]
+    if missing:
+        raise ValueError(f"the checkpoint has no {missing[0]}" + (f", nor {len(missing) - 1} more" if missing[1:] else ""))

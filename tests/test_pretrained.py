@@ -1,0 +1,264 @@
+"""GPT.from_pretrained against transformers, on tiny random models that transformers itself saved to disk.
+
+logits, H^0..H^L, A^l, F^l to 1e-5         greedy tokens equal         bfloat16 within bfloat16
+every parameter filled once                what GPT would compute wrongly is refused by name
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+for package in ("transformers", "safetensors", "gguf"):
+    pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[hf]"')
+
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import minibupo as bupo  # noqa: E402
+import model as model_module  # noqa: E402
+from minibupo import FULL, Policy, Rollouts  # noqa: E402
+from model import GPT, checkpoint_config  # noqa: E402
+
+SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)  # fmt: skip
+CASES = {  # family, changes to SIZES
+    "qwen3": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True)),
+    "qwen3-untied-wide-heads": ("Qwen3", dict(head_dim=12, num_key_value_heads=1)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2-untied": ("Qwen2", dict(rms_norm_eps=1e-3, num_key_value_heads=4)),
+    "llama": ("Llama", dict(rms_norm_eps=1e-5)),
+    "llama-tied-rope-scaling": ("Llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "llama-wide-heads": ("Llama", dict(head_dim=14, rope_parameters=LLAMA3)),
+    "llama-sharded": ("Llama", {}),
+}
+
+
+def build(family, **changes):
+    """A tiny random model of transformers, every weight random and of a size that matters: norms and biases too."""
+    torch.manual_seed(0)
+    config = getattr(transformers, family + "Config")(**(SIZES | changes), eos_token_id=None, bos_token_id=None)
+    hf = getattr(transformers, family + "ForCausalLM")(config).eval()
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, *((1.0, 0.3) if p.dim() == 1 else (0.0, 32**-0.5)))
+    return hf
+
+
+@pytest.fixture(scope="module", params=CASES, ids=CASES)
+def pair(request, tmp_path_factory):
+    """(transformers' model, the directory that it was saved to)."""
+    family, changes = CASES[request.param]
+    hf, directory = build(family, **changes), tmp_path_factory.mktemp("checkpoint")
+    hf.save_pretrained(directory, max_shard_size="20KB" if request.param.endswith("sharded") else "1GB")
+    assert request.param.endswith("sharded") == (len(list(directory.glob("*.safetensors"))) > 1)
+    return hf, directory
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a tiny Qwen3, to be spoiled."""
+    build("Qwen3", head_dim=8, tie_word_embeddings=True).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def random_tokens(B=3, T=24, seed=1):
+    return torch.randint(0, 37, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
+
+
+@torch.no_grad()
+def test_logits_and_stream_equal_transformers(pair):
+    hf, directory = pair
+    ours, tokens = GPT.from_pretrained(directory), random_tokens()
+    wrote = {"self_attn": [], "mlp": []}
+    hooks = [getattr(layer, name).register_forward_hook(
+                 lambda _, __, out, name=name: wrote[name].append(out[0] if isinstance(out, tuple) else out))
+             for layer in hf.model.layers for name in wrote]  # fmt: skip
+    theirs = hf(tokens, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    trace = list(ours.trace(tokens))
+    close(ours(tokens), theirs.logits)
+    for l, h in enumerate(theirs.hidden_states[:-1]):
+        close(ours.residual(tokens, l), h)
+    # transformers gives its last hidden state behind the final norm
+    close(ours.final_norm(trace[-1].resid_post), theirs.hidden_states[-1])
+    assert (trace[-1].resid_post - theirs.hidden_states[-1]).abs().max() > 0.1
+    for l, layer in enumerate(trace):
+        close(layer.attn_out, wrote["self_attn"][l])
+        close(layer.mlp_out, wrote["mlp"][l])
+
+
+def test_greedy_equals_transformers(pair):
+    hf, directory = pair
+    prompt = random_tokens(4, 6)
+    theirs = hf.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(GPT.from_pretrained(directory).generate(prompt, 20, temperature=0).tokens, theirs)
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_as_transformers(pair):
+    """Both run in bfloat16; the yardstick is what bfloat16 costs transformers itself against its own float32."""
+    hf, directory = pair
+    ours, tokens = GPT.from_pretrained(directory, dtype=torch.bfloat16), random_tokens()
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    exact, rough, logits = hf(tokens).logits, theirs(tokens).logits.float(), ours(tokens).float()
+    cost = (rough - exact).square().mean().sqrt()
+    assert (logits - exact).square().mean().sqrt() < 1.25 * cost
+    assert (logits - rough).square().mean().sqrt() < 1.25 * cost
+
+
+def test_every_parameter_is_filled_and_the_tie_kept(pair):
+    hf, directory = pair
+    state = torch.get_rng_state()
+    ours = GPT.from_pretrained(directory)
+    assert torch.equal(state, torch.get_rng_state())  # nothing was drawn
+    assert not any(p.is_meta for p in ours.parameters()) and not any(b.is_meta for b in ours.buffers())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in hf.parameters())
+    assert sum(p.numel() for p in model_module.places(ours).values()) == sum(p.numel() for p in hf.parameters())
+    assert (ours.lm_head.weight is ours.embed.weight) == ours.cfg.tied == hf.config.tie_word_embeddings
+    assert all(p.requires_grad for p in ours.parameters())
+
+
+def test_both_layouts_of_rope_in_config_json(tmp_path):
+    hf, tokens = build("Llama", rope_parameters=LLAMA3), random_tokens(1, 40)
+    hf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"], config["rope_scaling"] = rope.pop("rope_theta"), rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        close(GPT.from_pretrained(tmp_path)(tokens), hf(tokens).logits)
+
+
+def test_context_length(saved):
+    assert GPT.from_pretrained(saved).cfg.context_length == 64
+    assert GPT.from_pretrained(saved, context_length=10).cos.shape[0] == 10
+    settings = json.loads((saved / "config.json").read_text()) | {"max_position_embeddings": 131_072}
+    assert checkpoint_config(settings).context_length == 4096
+    assert checkpoint_config(settings, 131_072).context_length == 131_072
+    with pytest.raises(ValueError, match=r"context_length must be in 1\.\.64.*not 65"):
+        GPT.from_pretrained(saved, context_length=65)
+
+
+def test_tied_weights_may_be_stored_twice_if_they_agree(saved):
+    weights = load_file(saved / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, saved / "model.safetensors")
+    assert GPT.from_pretrained(saved).cfg.tied
+    weights["lm_head.weight"][3, 4] += 1
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="not tied as its configuration says"):
+        GPT.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("policy", [Policy(2), FULL], ids=["phase 1", "phase 2"])
+def test_update_trains_a_loaded_model(saved, policy):
+    model = GPT.from_pretrained(saved)
+    prompt = random_tokens(4, 5)
+    out = model.generate(prompt, 8, num_samples=4, layer=policy.layer, generator=torch.Generator().manual_seed(0))
+    rewards = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
+    logprobs = out.logprobs if policy.layer is None else out.layer_logprobs
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.5)
+    stats = bupo.update(model, optimizer, Rollouts(out.tokens, out.prompt_len, out.end, logprobs, rewards), policy, minibatches=2)
+    assert stats["optimizer_steps"] == 2 and stats["grad_norm"] > 0
+    for name, p in model.named_parameters():
+        frozen = policy.layer is not None and name.startswith(("blocks.2", "final_norm"))
+        assert torch.equal(p, before[name]) == frozen, name
+
+
+@pytest.mark.parametrize("changes,says", [
+    (dict(model_type="mixtral"), "model_type must be llama, qwen2 or qwen3, not 'mixtral'"),
+    (dict(model_type=None), "not None"),
+    (dict(use_sliding_window=True, layer_types=None), "layer_types must all be full_attention"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "not full_attention, sliding_attention"),
+    (dict(hidden_act="gelu"), "hidden_act must be silu, not 'gelu'"),
+    (dict(attention_bias=True), "attention_bias must be False"),
+    (dict(mlp_bias=True), "mlp_bias must be False"),
+    (dict(attention_dropout=0.1), "attention_dropout must be 0, not 0.1"),
+    (dict(num_experts=8), "num_experts must be 0"),
+    (dict(quantization_config={"bits": 4}), "quantization_config must be None"),
+    (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type must be default or llama3, not 'yarn'"),
+    (dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "not 'linear'"),
+    (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope scaling llama3 has no low_freq_factor"),
+    (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor must be 1, not 0.5"),
+    (dict(hidden_size=None), "hidden_size must be an integer, not None"),
+])  # fmt: skip
+def test_what_gpt_cannot_represent_is_refused_by_name(saved, changes, says):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=says):
+        GPT.from_pretrained(saved)
+
+
+def test_bad_weights_are_named(saved):
+    file = saved / "model.safetensors"
+    weights = load_file(file)
+    norm, gate = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+    for spoiled, says in [
+        ({k: v for k, v in weights.items() if k != norm}, "the checkpoint has no model.norm.weight"),
+        ({k: v for k, v in weights.items() if ".1." not in k}, "nor 10 more"),
+        (weights | {"model.layers.3.mlp.up_proj.weight": torch.ones(2)}, "has a tensor model.layers.3.mlp.up_proj.weight"),
+        (weights | {gate: torch.ones(41, 32)}, rf"{gate} is \(41, 32\).* asks for \(40, 32\)"),
+        (weights | {norm: torch.ones(32, dtype=torch.int8)}, "int8"),
+    ]:
+        save_file(spoiled, file)
+        with pytest.raises(ValueError, match=says):
+            GPT.from_pretrained(saved)
+    save_file(weights, file)
+    for length in (0, 5, file.stat().st_size - 1):
+        save_file(weights, file)
+        with open(file, "r+b") as f:
+            f.truncate(length)
+        with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+            GPT.from_pretrained(saved)
+
+
+def test_bad_directories_are_named(saved, tmp_path_factory):
+    with pytest.raises(ValueError, match="has no config.json"):
+        GPT.from_pretrained(tmp_path_factory.mktemp("empty"))
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has neither model.safetensors nor"):
+        GPT.from_pretrained(saved)
+    (saved / "config.json").write_text('{"model_type"')
+    with pytest.raises(ValueError, match="not a readable JSON file"):
+        GPT.from_pretrained(saved)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    build("Llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shutil.move(shard, tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"has no {shard.name}, which model.safetensors.index.json lists"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"'no/such-model' is no local file or directory, .* \(OSError\)"):
+        GPT.from_pretrained("no/such-model")
+
+
+def test_without_the_extra_it_says_what_to_install(saved, monkeypatch):
+    def absent(package):
+        raise ImportError(package)
+
+    monkeypatch.setattr(model_module.importlib, "import_module", absent)
+    with pytest.raises(ImportError, match=r'safetensors is needed .*: pip install -e "\.\[hf\]"'):
+        GPT.from_pretrained(saved)
+
+
+def test_dtype_must_be_floating(saved):
+    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
+        GPT.from_pretrained(saved, dtype=torch.int64)
