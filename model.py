@@ -203,11 +203,12 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, *, dtype=torch.float32, device="cpu", context_length=None) -> "GPT":
         """A checkpoint of the Qwen3, Qwen2 (2.5) or Llama architecture (SmolLM2 has it too) as a GPT.
 
-        source: a directory with config.json and safetensors, one file or shards with their index, or a model's name on
-        the Hugging Face hub. Needs the optional extra `hf`. Tensors are read one at a time straight into
-        their place, in `dtype` on `device`, so that no second copy of the weights is held. context_length None is the
-        checkpoint's longest, but no more than 4096: the rotary table is made for all of it. Raises ValueError for what
-        cannot be read and for what this file would compute wrongly, and ImportError without the extra.
+        source: a directory with config.json and safetensors, one file or shards with their index, a .gguf file (what
+        is quantised becomes `dtype`), or a model's name on the Hugging Face hub. Needs the optional extra `hf`. Tensors
+        are read one at a time straight into their place, in `dtype` on `device`, so that no second copy of the weights
+        is held. context_length None is the checkpoint's longest, but no more than 4096: the rotary table is made for
+        all of it. Raises ValueError for what cannot be read and for what this file would compute wrongly, and
+        ImportError without the extra.
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.float32 or torch.bfloat16, not {dtype}")
@@ -419,6 +420,8 @@ def open_checkpoint(source):
     path = Path(source)
     if not path.exists():
         path = Path(download(str(source)))
+    if path.is_file():
+        return open_gguf(path)
     settings = read_json(path / "config.json")
     return settings, safetensors_of(path)
 
@@ -470,6 +473,72 @@ def safetensors_of(directory):
             raise ValueError(f"{directory / shard} is truncated or not a safetensors file ({error})") from None
 
 
+GGUF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+              "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+              "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "token_embd": "model.embed_tokens",
+              "output_norm": "model.norm", "output": "lm_head"}  # fmt: skip
+
+
+def open_gguf(path):
+    """The settings of a GGUF file under config.json's names, and its (name, tensor) pairs, dequantised one at a time."""
+    gguf = need("gguf")
+    try:
+        reader = gguf.GGUFReader(path)
+        field = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.")}
+    except Exception as error:  # the reader trusts the file, so what it trips over can be anything
+        raise ValueError(f"{path} is truncated or not a GGUF file ({error})") from None
+    kind, stored = field.get("general.architecture"), {t.name: t for t in reader.tensors}
+
+    def get(name, default=None):
+        return field.get(f"{kind}.{name}", default)
+
+    head_dim = get("attention.key_length") or get("embedding_length", 0) // get("attention.head_count", 1)
+    rope = {"rope_theta": get("rope.freq_base", 10_000.0)}
+    if "rope_freqs.weight" in stored:
+        rope["divisors"] = tuple(numbers(gguf, stored.pop("rope_freqs.weight")).tolist())
+    elif get("rope.scaling.type", "none") != "none":
+        rope["rope_type"] = get("rope.scaling.type")
+    settings = {
+        "model_type": kind,
+        "vocab_size": int(stored["token_embd.weight"].shape[-1]) if "token_embd.weight" in stored else None,
+        "num_hidden_layers": get("block_count"),
+        "hidden_size": get("embedding_length"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv"),
+        "head_dim": head_dim,
+        "intermediate_size": get("feed_forward_length"),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in stored,
+        "num_experts": get("expert_count", 0),
+        "use_sliding_window": bool(get("attention.sliding_window", 0)),
+        "partial_rotary_factor": get("rope.dimension_count", head_dim) / max(head_dim, 1),
+    }
+
+    def tensors():
+        for name, data in stored.items():
+            tensor = numbers(gguf, data)
+            *layer, part, tail = name.split(".")  # blk.3.attn_q.weight, output.weight
+            if kind == "llama" and part in ("attn_q", "attn_k"):
+                # llama.cpp turns pairs (2i, 2i+1) where we turn (i, i+D/2), and stores a Llama's rows accordingly
+                tensor = tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            prefix = f"model.layers.{layer[1]}." if layer[:1] == ["blk"] else ""
+            yield f"{prefix}{GGUF_NAMES.get(part, part)}.{tail}", tensor
+
+    return settings, tensors()
+
+
+def numbers(gguf, data):
+    """A tensor of a GGUF file in float32, whatever its quantisation."""
+    try:
+        array = gguf.dequantize(data.data, data.tensor_type)
+    except NotImplementedError:
+        raise ValueError(f"{data.name} is quantised as {data.tensor_type.name}, which gguf cannot turn into numbers") from None
+    return torch.from_numpy(array if array.flags.writeable else array.copy())  # float32 comes as a view of the file
+
+
 def checkpoint_config(c: dict, context_length=None) -> GPTConfig:
     """The GPTConfig of a checkpoint's settings c. Raises ValueError, by name, for what GPT cannot represent."""
     kind = c.get("model_type")
@@ -490,6 +559,9 @@ def checkpoint_config(c: dict, context_length=None) -> GPTConfig:
         if not isinstance(c.get(name), int):
             raise ValueError(f"{name} must be an integer, not {c.get(name)!r}")
         sizes[ours] = c[name]
+    for name in ("num_key_value_heads", "head_dim"):
+        if not isinstance(c.get(name), int | None):
+            raise ValueError(f"{name} must be an integer or absent, not {c[name]!r}")
     longest = sizes["context_length"]
     if context_length is not None and not 1 <= context_length <= longest:
         raise ValueError(f"context_length must be in 1..{longest}, the checkpoint's longest, not {context_length}")
@@ -506,6 +578,8 @@ def rope_divisors(rope: dict, theta: float, head_dim: int):
     """Llama 3's rope scaling: a frequency f makes n = f x original_max_position_embeddings / 2 pi turns in the context
     of pretraining. Where n < low_freq_factor f is divided by `factor`, where n > high_freq_factor it stays, and
     between them 1 / divisor goes linearly in n. None without scaling; ValueError for one of another kind."""
+    if "divisors" in rope:  # a GGUF file stores them
+        return rope["divisors"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']!r}")
@@ -570,3 +644,27 @@ def fill(model, tensors):
     missing = [name for name in where if name not in filled]
     if missing:
         raise ValueError(f"the checkpoint has no {missing[0]}" + (f", nor {len(missing) - 1} more" if missing[1:] else ""))
+
+
+def load_tokenizer(source):
+    """The tokenizer of a checkpoint that GPT.from_pretrained reads, as transformers' AutoTokenizer makes it."""
+    transformers, path = need("transformers"), Path(source)
+    try:
+        if path.is_file():
+            return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as with the hub
+        raise ValueError(f"transformers found no tokenizer in {source} ({type(error).__name__})") from error
+
+
+def encode_chat(tokenizer, prompt: str, response: str):
+    """Token ids of prompt and response, and how many of them are the prompt's. The prompt goes through the tokenizer's
+    chat template, up to where the answer begins, if it has one. Both are encoded apart and put together, so that the
+    border is exact; the response ends as it was given, without an EOS of the tokenizer's."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
+    if not tokenizer.chat_template and prompt_ids[-1:] == [tokenizer.eos_token_id]:  # some close every text
+        prompt_ids = prompt_ids[:-1]
+    return prompt_ids + tokenizer(response, add_special_tokens=False).input_ids, len(prompt_ids)

@@ -7,19 +7,21 @@ every parameter filled once                what GPT would compute wrongly is ref
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 for package in ("transformers", "safetensors", "gguf"):
     pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[hf]"')
 
+import gguf  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import minibupo as bupo  # noqa: E402
 import model as model_module  # noqa: E402
 from minibupo import FULL, Policy, Rollouts  # noqa: E402
-from model import GPT, checkpoint_config  # noqa: E402
+from model import GPT, checkpoint_config, encode_chat, load_tokenizer  # noqa: E402
 
 SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
@@ -262,3 +264,130 @@ def test_without_the_extra_it_says_what_to_install(saved, monkeypatch):
 def test_dtype_must_be_floating(saved):
     with pytest.raises(ValueError, match="dtype must be a floating-point type"):
         GPT.from_pretrained(saved, dtype=torch.int64)
+
+
+# ---- GGUF ----
+
+PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+         "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}  # fmt: skip
+
+
+def write_gguf(path, hf, kind, *, q8=False, more=()):
+    """Write a model of transformers as llama.cpp's converter does; with q8 its matrices of 32 columns as Q8_0."""
+    c, writer = hf.config, gguf.GGUFWriter(path, kind)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if head_dim * c.num_attention_heads != c.hidden_size:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    for name, value in more:
+        getattr(writer, name)(value)
+    if c.rope_parameters["rope_type"] == "llama3":  # what transformers divides each frequency by
+        plain = c.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / hf.model.rotary_emb.inv_freq.numpy()).astype(np.float32))
+    for name, p in hf.named_parameters():
+        if name.startswith("model.layers"):
+            _, _, i, part, *_ = name.split(".")
+            part, tail = name.removeprefix(f"model.layers.{i}.").rsplit(".", 1)
+            stored = f"blk.{i}.{PARTS[part]}.{tail}"
+        else:
+            stored = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+                      "lm_head.weight": "output.weight"}[name]  # fmt: skip
+        x = p.detach().numpy()
+        if kind == "llama" and ("attn_q." in stored or "attn_k." in stored):
+            x = x.reshape(-1, 2, head_dim // 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        if q8 and x.ndim == 2 and x.shape[1] == 32:
+            writer.add_tensor(stored, gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(stored, np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("sharded")])
+def test_gguf_equals_transformers(tmp_path, case):
+    family, changes = CASES[case]
+    hf, tokens = build(family, **changes), random_tokens()
+    ours = GPT.from_pretrained(write_gguf(tmp_path / "tiny.gguf", hf, family.lower()))
+    close(ours(tokens), hf(tokens).logits)
+    assert ours.cfg.tied == hf.config.tie_word_embeddings
+    stored = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}["blk.0.attn_q.weight"]
+    same = torch.equal(hf.model.layers[0].self_attn.q_proj.weight, torch.from_numpy(stored.copy()))
+    assert same == (family != "Llama")  # the files of Llama are those with rows in another order
+
+
+@torch.no_grad()
+def test_quantised_gguf_is_dequantised(tmp_path):
+    hf = build("Llama")
+    ours = GPT.from_pretrained(write_gguf(tmp_path / "tiny.gguf", hf, "llama", q8=True))
+    q, exact = ours.blocks[1].attn.qkv.weight[:32], hf.model.layers[1].self_attn.q_proj.weight
+    # 127 steps to a row's largest entry, stored as float16: off by half a step, and a little more
+    assert 0 < (q - exact).abs().max() <= exact.abs().max() / 127 * 0.55
+    assert torch.equal(ours.blocks[1].mlp.down.weight, hf.model.layers[1].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("more,says", [
+    (("add_expert_count", 4), "num_experts must be 0, not 4"),
+    (("add_sliding_window", 8), "layer_types must all be full_attention"),
+    (("add_rope_scaling_type", gguf.RopeScalingType.YARN), "rope_type must be default or llama3, not 'yarn'"),
+    (("add_rope_dimension_count", 4), "partial_rotary_factor must be 1, not 0.5"),
+])  # fmt: skip
+def test_gguf_that_gpt_cannot_represent_is_refused_by_name(tmp_path, more, says):
+    with pytest.raises(ValueError, match=says):
+        GPT.from_pretrained(write_gguf(tmp_path / "tiny.gguf", build("Llama"), "llama", more=[more]))
+
+
+def test_bad_gguf_is_named(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", build("Llama"), "gemma")
+    with pytest.raises(ValueError, match="not 'gemma'"):
+        GPT.from_pretrained(path)
+    content = write_gguf(path, build("Llama"), "llama").read_bytes()
+    for spoiled in (b"", b"GGUF", b"no GGUF" * 99, content[:200], content[: len(content) // 2], content[:-64]):
+        path.write_bytes(spoiled)
+        with pytest.raises(ValueError, match="tiny.gguf is truncated or not a GGUF file"):
+            GPT.from_pretrained(path)
+
+
+# ---- tokenizer ----
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The directory of a tokenizer that splits at spaces and opens every text with <s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate("<unk> <s> </s> user : two plus assistant four".split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    directory = tmp_path_factory.mktemp("tokenizer")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def test_encode_chat_tells_the_prompt_exactly(words):
+    tokenizer = load_tokenizer(words)
+    assert encode_chat(tokenizer, "two plus two", "four two") == ([1, 5, 6, 5, 8, 5], 4)
+    tokenizer.chat_template = ("{% for m in messages %}<s> {{ m.role }} : {{ m.content }} </s>{% endfor %}"
+                               "{% if add_generation_prompt %} assistant :{% endif %}")  # fmt: skip
+    # the template's own <s> alone; a response that repeats the template's words moves no border
+    assert encode_chat(tokenizer, "two plus two", "assistant : four") == ([1, 3, 4, 5, 6, 5, 2, 7, 4, 7, 4, 8], 9)
+    assert encode_chat(tokenizer, "two", "") == ([1, 3, 4, 5, 2, 7, 4], 7)
+
+
+def test_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="transformers found no tokenizer in"):
+        load_tokenizer(tmp_path)
