@@ -41,17 +41,29 @@ def response_mask(prompt_len, end, T: int):
 # ---- 1. GRPO's two pieces (Eq. 4) ------------------------------------------------------------------------------
 
 
-def group_advantages(rewards, eps: float = 1e-6):
-    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group: rewards (Q, G) -> advantages (Q, G).
+ADVANTAGES = ("grpo", "rloo", "reinforce++")
 
-    As in the official code std is the unbiased one and eps 1e-6; [1, 0, 0, 0] gives [1.5, -0.5, -0.5, -0.5]. A group
-    of equal rewards has advantage exactly 0. Raises ValueError unless rewards is a (Q, G) matrix with G >= 2.
+
+def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
+    """The advantage A_i of each response, from rewards (Q, G), of the same shape:
+
+        "grpo"          (R_i - mean(R)) / (std(R) + eps)    within each group; as in the official code std is the unbiased
+                                                            one and eps 1e-6: [1, 0, 0, 0] gives [1.5, -0.5, -0.5, -0.5]
+        "rloo"          R_i - mean of the group's others    leave one out (Ahmadian et al. 2024): [1, -1/3, -1/3, -1/3]
+        "reinforce++"   (R_i - mean(R)) / (std(R) + eps)    over the whole batch, groups ignored (Hu 2025)
+
+    Where all rewards that are compared are equal the advantage is exactly 0. Raises ValueError for another kind, and
+    unless rewards is a (Q, G) matrix with G >= 2.
     """
+    if kind not in ADVANTAGES:
+        raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (questions, group) with a group of at least 2, not {tuple(rewards.shape)}")
-    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # not std == 0, which rounding can miss
-    return torch.where(equal, torch.zeros_like(rewards), (rewards - mean) / (std + eps))
+    over, G = (0, 1) if kind == "reinforce++" else 1, rewards.shape[1]
+    mean, std = rewards.mean(over, keepdim=True), rewards.std(over, keepdim=True)
+    scale = G / (G - 1) if kind == "rloo" else 1 / (std + eps)
+    equal = rewards.amax(over, keepdim=True) == rewards.amin(over, keepdim=True)  # not std == 0, which rounding can miss
+    return torch.where(equal, torch.zeros_like(rewards), (rewards - mean) * scale)
 
 
 def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", normalizer=None):
@@ -241,18 +253,19 @@ class Rollouts(NamedTuple):
     rewards: torch.Tensor  # (Q, G)
 
 
-def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, clip=0.2, average="token",
-           temperature=1.0, max_grad_norm=1.0, chunk=None, generator=None):  # fmt: skip
+def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, advantage="grpo", clip=0.2,
+           average="token", temperature=1.0, max_grad_norm=1.0, chunk=None, generator=None):  # fmt: skip
     """Improve `policy` on one batch of rollouts, one optimizer step for each of `minibatches` sets of questions.
 
     Gradient flow (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u and layers k <= l; for k > l and LN_f it does
     not exist. Their .grad stays None, so that neither weight decay nor momentum moves them in phase 1. (With tied
     embeddings E_u is the input embedding as well.) Tokens' log-probabilities at sampling are taken from
-    rollouts.logprobs, so the first mini-batch has ratio 1 everywhere.
+    rollouts.logprobs, so the first mini-batch has ratio 1 everywhere. `advantage` is a kind of group_advantages.
 
     Rows with advantage 0 have no gradient and are not computed; they still count in the average. A mini-batch of such
     rows alone is no evidence for any change and makes no optimizer step. `chunk` rows at a time go through the model
-    (None: all of a mini-batch), with the same gradient. Questions are shuffled with `generator`.
+    (None: all of a mini-batch), with the same gradient: less memory, and less padding. Questions are shuffled with
+    `generator`.
 
     Returns {"clip_fraction": of all response tokens, "grad_norm": before clipping to max_grad_norm, averaged over
     the optimizer steps (0 if there were none), "optimizer_steps"}. Raises ValueError for more mini-batches than
@@ -262,7 +275,7 @@ def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, 
     Q, G = rewards.shape
     if not 1 <= minibatches <= Q:
         raise ValueError(f"minibatches must be in 1..{Q}, the number of questions, not {minibatches}")
-    advantages = group_advantages(rewards).flatten()  # (N,)
+    advantages = group_advantages(rewards, advantage).flatten()  # (N,)
     mask = response_mask(prompt_len, end, tokens.shape[1])
     cut_off, norms = 0, []
     for questions in torch.randperm(Q, generator=generator).tensor_split(minibatches):
@@ -271,6 +284,7 @@ def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, 
         rows = rows[advantages[rows] != 0]
         if len(rows) == 0:
             continue
+        rows = rows[end[rows].argsort()]  # rows of one length together, so that little of a chunk is padding
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for part in rows.split(chunk or len(rows)):

@@ -320,12 +320,11 @@ class GPT(nn.Module):
             if t + 1 == total:
                 break
             if t % 4 == 0:  # now and then, since asking is a host synchronisation: drop the rows that ended
-                keep = end[rows] > t + 1
-                left = int(keep.sum())
-                if left == 0:
+                keep = (end[rows] > t + 1).nonzero()[:, 0]
+                if len(keep) == 0:
                     break
-                if left <= 0.75 * len(rows):
-                    rows, token, cache = rows[keep], token[keep], cache[:, :, keep]
+                if len(keep) <= 0.75 * len(rows):  # index_select copies whole rows, cache[:, :, keep] single numbers
+                    rows, token, cache = rows[keep], token[keep], cache.index_select(2, keep)
             states = self._states(token[:, None], cache, t, layer, site)
 
         longest = int(end.max())

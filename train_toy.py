@@ -214,13 +214,17 @@ class Settings:
     pretrain_batch: int = option(48, "rows a step of pretraining, each with a solution of every size")
     pretrain_lr: float = option(4e-3, "learning rate of pretraining")
 
+    train_problems: int = option(0, "train on this many problems again and again (0: on new ones each step)")
     questions: int = option(64, "questions a step of RL")
     group: int = option(8, "responses to each question")
     minibatches: int = option(4, "optimizer steps a step of RL")
     lr: float = option(4e-4, "learning rate of RL")
     weight_decay: float = option(0.01, "weight decay of RL")
     clip: float = option(0.2, "the surrogate's epsilon")
+    advantage: str = option("grpo", "how rewards become advantages", choices=minibupo.ADVANTAGES)
     average: str = option("token", "average the loss over tokens or sequences", choices=("token", "sequence"))
+    chunk: int = option(64, "rows that an update takes through the model at a time; on a GPU more are faster")
+    precision: str = option("float32", "of matrix products", choices=("float32", "tf32", "bfloat16"))
     temperature: float = option(1.0, "of rollouts and their log-probabilities; evaluation is at 1")
     max_new_tokens: int | None = option(None, "limit of a response (default: a careful one at n + 1 digits)", type=int)
 
@@ -235,9 +239,9 @@ class Settings:
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
-        lowest = dict(s_inter=0, steps=0, seed=0, threads=1, n=3, n_layer=2, questions=1, group=2, minibatches=1,
+        lowest = dict(s_inter=0, steps=0, seed=0, threads=1, train_problems=0, n=3, n_layer=2, questions=1, group=2, minibatches=1,
                       sloppy_from=1, pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
-                      probe_every=1, save_every=1)  # fmt: skip
+                      probe_every=1, save_every=1, chunk=1)  # fmt: skip
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
@@ -281,7 +285,7 @@ PRESETS = {
     "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.6, sloppy_from=250, pretrain_max_steps=400,
                   questions=32, steps=20, s_inter=3, eval_problems=64),
     "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
-                steps=200, s_inter=15, pretrain_max_steps=5000),
+                chunk=1024, steps=200, s_inter=15, pretrain_max_steps=5000),
 }  # fmt: skip
 
 
@@ -591,17 +595,27 @@ def look_inside(model, tokens, mask) -> dict:
 # ---- GRPO and BuPO (Algorithm 1) ----------------------------------------------------------------------------------
 
 
-def training_problems(s: Settings, step: int):
-    """The questions of one step of RL, 3, 4, .. n digits in shares of 1 : 2 : .. : n - 2, since longer ones take more
-    learning: prompts (Q, 2n) padded on the right, their lengths (Q,) and answers (Q,), as arrays."""
-    rng, tokens = numpy_rng(s.seed, PROBLEMS, step), np.full((s.questions, 2 * s.n), PAD)
-    prompt_len, answers = np.empty(s.questions, int), np.empty(s.questions, int)
-    shares = np.cumsum(np.arange(1, s.n - 1))
-    cuts = np.round(s.questions * shares[:-1] / shares[-1]).astype(int)
-    for n, rows in enumerate(np.split(np.arange(s.questions), cuts), 3):
-        expr = draw_problems(rng, len(rows), n)
-        tokens[rows, : 2 * n], prompt_len[rows], answers[rows] = prompts(expr), 2 * n, worked_lines(expr)[-1][:, 0]
+def draw_questions(rng, count: int, n: int):
+    """`count` training problems of 3, 4, .. n digits in shares of 1 : 2 : .. : n - 2, since longer ones take more learning:
+    prompts (count, 2n) padded on the right, their lengths (count,) and answers (count,), as arrays."""
+    tokens, prompt_len, answers = np.full((count, 2 * n), PAD), np.empty(count, int), np.empty(count, int)
+    shares = np.cumsum(np.arange(1, n - 1))
+    cuts = np.round(count * shares[:-1] / shares[-1]).astype(int)
+    for k, rows in enumerate(np.split(np.arange(count), cuts), 3):
+        expr = draw_problems(rng, len(rows), k)
+        tokens[rows, : 2 * k], prompt_len[rows], answers[rows] = prompts(expr), 2 * k, worked_lines(expr)[-1][:, 0]
     return tokens, prompt_len, answers
+
+
+def training_problems(s: Settings, step: int):
+    """The questions of step 1, 2, .. of RL, as draw_questions gives them: new ones, or with s.train_problems the same ones
+    again and again, each once before any comes again, in an order that changes."""
+    if not s.train_problems:
+        return draw_questions(numpy_rng(s.seed, PROBLEMS, step), s.questions, s.n)
+    P, places = s.train_problems, np.arange((step - 1) * s.questions, step * s.questions)
+    orders = {epoch: numpy_rng(s.seed, PROBLEMS, 0, epoch).permutation(P) for epoch in set(places // P)}
+    rows = [orders[place // P][place % P] for place in places]
+    return tuple(array[rows] for array in draw_questions(numpy_rng(s.seed, PROBLEMS, 0), P, s.n))
 
 
 def rl_step(s: Settings, model, optimizer, policy: Policy, target: Policy, step: int, device) -> dict:
@@ -616,7 +630,7 @@ def rl_step(s: Settings, model, optimizer, policy: Policy, target: Policy, step:
     old_logp = sampled.logprobs if policy == FULL else sampled.layer_logprobs
     record |= minibupo.update(
         model, optimizer, Rollouts(sampled.tokens, sampled.prompt_len, sampled.end, old_logp, rewards), policy,
-        minibatches=s.minibatches, clip=s.clip, average=s.average, temperature=s.temperature,
+        minibatches=s.minibatches, advantage=s.advantage, clip=s.clip, average=s.average, temperature=s.temperature, chunk=s.chunk,
         generator=torch_rng("cpu", s.seed, SHUFFLE, step),
     )  # fmt: skip
     return record | {"seconds": time.perf_counter() - started}
@@ -708,6 +722,13 @@ def pick_device(name: str) -> torch.device:
     if not there[name]:
         raise ValueError(f"device {name} is not available here, only {', '.join(d for d in there if there[d])}")
     return torch.device(name)
+
+
+def computing_in(precision: str, device):
+    """A context in which matrix products are computed in that precision; weights, norms, softmax and optimizer stay in
+    float32. Casts are not cached: a cached one would outlive the optimizer step that changes its weight."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
 def new_directory(s: Settings) -> Path:
@@ -822,24 +843,9 @@ def measure_base(s: Settings, model, probe, device, metrics: Metrics) -> Policy:
     return Policy(minibupo.target_layer(inside["d_mlp"]) if s.layer == "auto" else s.layer, s.site)
 
 
-def run(s: Settings, given: dict, resume: bool):
-    """The main job, from nothing (or a base, or a checkpoint) to the final table."""
-    device = pick_device(s.device)
-    torch.set_num_threads(s.threads)
-    base, context = None, s.model_config().context_length
-    if s.base and not resume:
-        base = load_model(s.base, device, context)
-        s = with_base(s, given, base)
-    check_layer(s)
-    out = Path(s.out_dir) if resume else new_directory(s)
-    state = read_state(s, out) if resume else None
-    s.out_dir = str(out)
-    config = json.dumps(asdict(s), indent=2)
-    write_atomically(out / "config.json", lambda temporary: temporary.write_text(config, encoding="utf-8"))
-    stop = stop_on_ctrl_c()
-    metrics = Metrics(out / "metrics.jsonl", state["metrics_bytes"] if state else 0)
-    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads", flush=True)
-
+def learn(s: Settings, out: Path, base, state, device, metrics: Metrics, stop):
+    """Pretraining (or a base that is there), a look at the base, RL; or what of it a checkpoint's `state` leaves to do."""
+    context = s.model_config().context_length
     in_rl = state is not None and state["stage"] == "rl"
     if not in_rl and s.base:
         save_checkpoint(out / "base.pt", base or load_model(s.base, device, context))
@@ -859,6 +865,28 @@ def run(s: Settings, given: dict, resume: bool):
     print_entropies(read_metrics(out, "internal")[0], target, s)
     preflight(read_metrics(out, "eval")[0]["tiers"][str(s.n)], s)
     train(s, out, model, target, optimizer, done, probe, device, metrics, stop)
+
+
+def run(s: Settings, given: dict, resume: bool):
+    """The main job, from nothing (or a base, or a checkpoint) to the final table."""
+    device = pick_device(s.device)
+    torch.set_num_threads(s.threads)
+    base, context = None, s.model_config().context_length
+    if s.base and not resume:
+        base = load_model(s.base, device, context)
+        s = with_base(s, given, base)
+    check_layer(s)
+    out = Path(s.out_dir) if resume else new_directory(s)
+    state = read_state(s, out) if resume else None
+    s.out_dir = str(out)
+    config = json.dumps(asdict(s), indent=2)
+    write_atomically(out / "config.json", lambda temporary: temporary.write_text(config, encoding="utf-8"))
+    stop = stop_on_ctrl_c()
+    metrics = Metrics(out / "metrics.jsonl", state["metrics_bytes"] if state else 0)
+    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads", flush=True)
+
+    with computing_in(s.precision, device):
+        learn(s, out, base, state, device, metrics, stop)
     print_table(read_metrics(out, "eval"), s)
     print(f"\nall of it is in {out}; next, see the internal policies as figures:\n  python analyze.py {out}\n"
           f"and train with the other algorithm, from the same base and on the same problems:\n  {other_command(s)}")  # fmt: skip

@@ -7,6 +7,7 @@ any chunking, any order of rows, any padding: same gradient            s_inter =
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -215,6 +216,22 @@ def test_advantages():
     assert bupo.group_advantages(torch.full((2, 3), 0.1)).eq(0).all()  # rounding gives this group a std above 0
     order = [2, 0, 3, 1]
     assert torch.equal(bupo.group_advantages(rewards[order]), A[order])
+
+
+def test_other_advantages_against_loops():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
+    assert bupo.group_advantages(rewards, "rloo")[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    for row, A in zip(rewards.tolist(), bupo.group_advantages(rewards, "rloo").tolist()):
+        assert pytest.approx([r - (sum(row) - r) / 3 for r in row], abs=1e-6) == A
+    assert bupo.group_advantages(rewards, "rloo")[1:3].eq(0).all()
+    flat = rewards.flatten().tolist()
+    mean, std = statistics.mean(flat), statistics.stdev(flat)
+    whole = bupo.group_advantages(rewards, "reinforce++")
+    assert whole.flatten().tolist() == pytest.approx([(r - mean) / (std + 1e-6) for r in flat], abs=1e-5)
+    assert (whole[1] > 0).all() and (whole[2] < 0).all()  # groups all right or all wrong do count here
+    assert bupo.group_advantages(torch.full((2, 3), 0.1), "reinforce++").eq(0).all()
+    with pytest.raises(ValueError, match=r"one of grpo, rloo, reinforce\+\+, not 'ppo'"):
+        bupo.group_advantages(rewards, "ppo")
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (2, 2, 2)])

@@ -152,6 +152,22 @@ def test_splits_are_disjoint(n):
     assert 0.08 < toy.held_out(every).mean() < 0.17
 
 
+def test_finite_training_set():
+    """Every problem once before any comes again, in another order then; one set a seed, of training problems."""
+    s = toy.Settings(n=4, train_problems=10, questions=4, seed=3)
+    drawn = [toy.training_problems(s, step) for step in range(1, 6)]  # 20 questions: two epochs
+    rows = [tuple(row) for tokens, _, _ in drawn for row in tokens.tolist()]
+    assert len(set(rows[:10])) == 10 and sorted(rows[:10]) == sorted(rows[10:]) and rows[:10] != rows[10:]
+    tokens, lengths, answers = (np.concatenate(parts) for parts in zip(*drawn))
+    for row, length, answer in zip(tokens, lengths, answers):
+        assert row[length - 1] == toy.EQUALS and (row[length:] == toy.PAD).all()
+        lines = toy.worked_lines(row[None, : length - 1])
+        assert answer == lines[-1][0, 0] and not any(toy.held_out(line)[0] for line in lines)
+    assert sorted(lengths[:10]) == [6] * 3 + [8] * 7  # n = 3 and 4 in shares of 1 : 2
+    other = toy.training_problems(toy.Settings(n=4, train_problems=10, questions=4, seed=4), 1)[0]
+    assert not {tuple(row) for row in other.tolist()} <= set(rows)
+
+
 def test_problems_cover_their_split():
     expr = toy.draw_problems(np.random.default_rng(0), 5000, 4)
     for column in range(7):
@@ -299,6 +315,24 @@ def test_nan_stops_with_exit_code_1_and_keeps_the_checkpoint(finished, tmp_path,
     assert "finite" in error and "Traceback" not in error and error.count("\n") == 1
     kept = torch.load(out / "ckpt.pt", weights_only=True)
     assert kept["step"] == 0 and all(torch.isfinite(v).all() for v in kept["model"].values())
+
+
+def test_bfloat16_run(finished, tmp_path):
+    """Products in bfloat16, weights and optimizer in float32. Sampling and update round differently then: their
+    log-probabilities of one token differ by far less than the clip allows."""
+    assert run(*TINY, "--steps", 3, "--precision", "bfloat16", "--base", finished / "base.pt", "--out_dir", tmp_path / "out") == 0
+    state = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert {w.dtype for w in state["model"].values()} == {torch.float32}
+    model = toy.load_model(finished / "base.pt")
+    prompt = torch.tensor(toy.prompts(toy.draw_problems(np.random.default_rng(0), 32, 3)))
+    with toy.computing_in("bfloat16", torch.device("cpu")), torch.no_grad():
+        assert model.blocks[0].mlp(torch.ones(1, 1, 32)).dtype == torch.bfloat16
+        out = model.generate(prompt, 6, eos_id=toy.EOS, layer=2)
+        mask = toy.response_mask(out.prompt_len, out.end, out.tokens.shape[1])
+        for policy, sampled in ((toy.FULL, out.logprobs), (toy.Policy(2), out.layer_logprobs)):
+            gap = (toy.minibupo.token_logprobs(model, out.tokens, mask, policy) - sampled).abs().max()
+            assert 0 < gap < 0.1
+    assert model.blocks[0].mlp(torch.ones(1, 1, 32)).dtype == torch.float32
 
 
 def test_default_directories_never_collide(finished, tmp_path, monkeypatch):
