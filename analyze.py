@@ -9,9 +9,11 @@
     python analyze.py lens RUN "7+5*3-2="               # what each internal policy would say, as picture and web page
     python analyze.py sample RUN --layer 4 "7+5*3-2="   # responses of an internal policy itself, and its accuracy
     python analyze.py table RUN [RUN ...]               # results as Markdown, mean and 95 % interval over seeds
+    python analyze.py entropy MODEL --text "..."        # a Qwen3, Qwen2.5 or Llama checkpoint; so do writes, lens, sample
 
 Figure numbers are the paper's. Entropies are in nats at temperature 1. Layers are 1..L and H^0 is the embedding.
 A command with several runs puts seeds of one setting together. What a run has no data for is named and left out.
+MODEL is a directory with config.json and safetensors, a .gguf file, or a name on the Hugging Face hub.
 """
 
 import argparse
@@ -29,7 +31,7 @@ import torch
 import minibupo
 import train_toy as toy
 from minibupo import response_mask
-from model import SITES
+from model import GPT, SITES, encode_chat, load_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -71,7 +73,8 @@ class Output(NamedTuple):
 
 def layer_axis(ax, L: int, lowest: int):
     """Ticks lowest..L, thinned out where there are many; H^0 is marked as the embedding."""
-    ticks = [l for l in range(lowest, L + 1) if l == lowest or l % (1 + L // 16) == 0]
+    every = 1 + L // 16
+    ticks = [l for l in range(lowest, L + 1) if l == lowest or (l % every == 0 and l > lowest + every // 2)]
     ax.set_xticks(ticks, ["emb." if l == 0 else str(l) for l in ticks])
     ax.set_xlabel("layer")
 
@@ -147,6 +150,31 @@ def load(run: Run, checkpoint: str):
 def checkpoints(run: Run) -> list[str]:
     """Names of the checkpoints that a run has, in the order of training."""
     return [name for name, file in CHECKPOINTS.items() if (run.path / file).is_file()]
+
+
+class Pretrained(NamedTuple):
+    """A pretrained language model, to be looked at in place of a run."""
+
+    path: Path  # its directory under out/, where figures go
+    model: GPT
+    tokenizer: object  # of transformers
+
+
+def is_run(path) -> bool:
+    """Whether a path is to be read as a run and not as a pretrained model: any directory without a checkpoint of
+    transformers; and what is not there, unless it can be a name on the hub, OWNER/MODEL."""
+    path = Path(path)
+    if path.is_dir():
+        config = path / "config.json"
+        return not any(path.glob("*.safetensors")) and not (config.is_file() and "model_type" in config.read_text(encoding="utf-8"))
+    return not path.is_file() and (len(path.parts) != 2 or path.parent.exists())
+
+
+def read_pretrained(source, dtype="float32") -> Pretrained:
+    """Load a pretrained model and its tokenizer onto the device that is there. Raises ValueError, or ImportError without
+    the extra `hf`, saying what is wrong."""
+    model = GPT.from_pretrained(source, dtype=getattr(torch, dtype), device=toy.pick_device("auto"))
+    return Pretrained(Path("out") / Path(source).resolve().name.removesuffix(".gguf"), model, load_tokenizer(source))
 
 
 def room(run: Run, model, prompt) -> int:
@@ -261,41 +289,66 @@ def probe_text(run: Run, model, prompts=64, text=None, prompt=None):
     return tokens, response_mask(*lengths, tokens.shape[1])
 
 
+def pretrained_text(of: Pretrained, text=None, prompt=None):
+    """The same for a pretrained model: text as its tokenizer has it, all response behind the first token; with a prompt,
+    which goes through the chat template if there is one, only the text is."""
+    if text is None:
+        raise ValueError("a pretrained model needs --text, something to look at")
+    ids, first = (of.tokenizer(text).input_ids, 1) if prompt is None else encode_chat(of.tokenizer, prompt, text)
+    if len(ids) <= first:
+        raise ValueError(f"--text {text!r} has no response position: it takes a token behind the {'prompt' if prompt else 'first one'}")
+    tokens = torch.tensor([ids], device=of.model.cos.device)
+    return tokens, response_mask(torch.tensor([first]), torch.tensor([len(ids)]), len(ids)).to(tokens.device)
+
+
+def looked_at(run, checkpoint, prompts, text, prompt):
+    """Model, tokens and response mask that entropy and writes look at, of a run or of a pretrained model."""
+    if isinstance(run, Pretrained):
+        return run.model, *pretrained_text(run, text, prompt)
+    model = load(run, checkpoint)
+    return model, *probe_text(run, model, prompts, text, prompt)
+
+
 # ---- entropy -------------------------------------------------------------------------------------------------------
 
 
-def measure_entropies(model, tokens, mask, *, chunk=4096, matched=False) -> dict[str, np.ndarray]:
+def measure_entropies(model, tokens, mask, *, chunk=None, matched=False) -> dict[str, np.ndarray]:
     """Every entropy and entropy change of Eq. 8, 9, 13, 14 at each of the M response positions, in nats, and the size
     of the stream: "layer", "layer_normed", "rms" (L+1, M), H^0 first; "attn", "mlp", "d_layer", "d_attn", "d_mlp"
     (L, M). With `matched` also "layer_matched" (L+1, M), raw policies with each H^l scaled to the size of H^L: what is
-    left of the fall of raw entropy when the stream does not grow."""
+    left of the fall of raw entropy when the stream does not grow. `chunk` positions are unembedded at a time (None: as
+    many as make 2^24 logits, 64 MB)."""
+    chunk = chunk or max(1, 2**24 // model.cfg.vocab_size)
     entropies = minibupo.internal_entropies(model, tokens, mask, final_norm=model.final_norm, chunk=chunk)
     entropies |= minibupo.entropy_changes(entropies)
     entropies["rms"] = minibupo.residual_rms(model, tokens, mask)["layer"]
     if matched:
-        entropies["layer_matched"] = matched_entropies(model, tokens, mask, entropies["rms"][-1])
+        entropies["layer_matched"] = matched_entropies(model, tokens, mask, entropies["rms"][-1], chunk)
     return {name: values.double().cpu().numpy() for name, values in entropies.items()}
 
 
 @torch.no_grad()
-def matched_entropies(model, tokens, mask, size):
-    """Entropies (L+1, M) of the raw layer policies with every H^l scaled to root mean square `size` (M,)."""
+def matched_entropies(model, tokens, mask, size, chunk):
+    """Entropies (L+1, M) of the raw layer policies with every H^l scaled to root mean square `size` (M,), `chunk` at a time."""
     rows = []
     for trace in model.trace(tokens[:, :-1]):
         for h in (trace.resid_post,) if rows else (trace.resid_pre, trace.resid_post):
             h = minibupo.at_least_float32(h[mask])  # (M, d)
             scale = size / h.square().mean(-1).sqrt()
-            rows.append(minibupo.entropy(model.unembed((h * scale[:, None]).to(trace.resid_post.dtype))))
+            h = (h * scale[:, None]).to(trace.resid_post.dtype)
+            rows.append(torch.cat([minibupo.entropy(model.unembed(part)) for part in h.split(chunk)]))
     return torch.stack(rows)
 
 
 def summarize(measured: dict) -> dict:
-    """What entropy.json holds: means over positions, standard errors under NAME_sem (null for a single position),
-    "positions", "target_layer" of the paper's rule (null for a model of one layer), "log_vocab"."""
+    """What entropy.json holds: means over positions, standard errors under NAME_sem (null for a single position), medians
+    under NAME_median (a few positions of a language model can own a mean); "positions",
+    "target_layer" of the paper's rule (null for a model of one layer), "log_vocab"."""
     summary, M = {}, measured["layer"].shape[1]
     for name in ("layer", "layer_normed", "layer_matched", "attn", "mlp", "d_layer", "d_attn", "d_mlp", "rms"):
         if name in measured:
             summary[name] = measured[name].mean(1).tolist()
+            summary[name + "_median"] = np.median(measured[name], axis=1).tolist()
             summary[name + "_sem"] = (measured[name].std(1, ddof=1) / M**0.5).tolist() if M > 1 else [None] * len(measured[name])
     d_mlp = summary["d_mlp"]
     return summary | {"positions": M, "target_layer": minibupo.target_layer(d_mlp) if len(d_mlp) > 1 else None}
@@ -372,17 +425,18 @@ def draw_change(measured: dict, target: int | None, log_vocab: float):
     return figure
 
 
-def analyze_entropy(run: Run, out: Output, checkpoint="base", prompts=64, text=None, prompt=None, matched=False):
-    """entropy.json, entropy_flow and entropy_change of one checkpoint."""
-    model = load(run, checkpoint)
-    measured = measure_entropies(model, *probe_text(run, model, prompts, text, prompt), matched=matched)
+def analyze_entropy(run: Run | Pretrained, out: Output, checkpoint="base", prompts=64, text=None, prompt=None, matched=False):
+    """entropy.json, entropy_flow and entropy_change of one checkpoint, or of a pretrained model."""
+    model, tokens, mask = looked_at(run, checkpoint, prompts, text, prompt)
+    measured = measure_entropies(model, tokens, mask, matched=matched)
     log_vocab = float(np.log(model.cfg.vocab_size))
     summary = summarize(measured) | {"log_vocab": log_vocab}
     out.text("entropy.json", json.dumps(summary, indent=1))
     out.figure("entropy_flow", draw_flow(measured, log_vocab))
     out.figure("entropy_change", draw_change(measured, summary["target_layer"], log_vocab))
     gap = np.abs(np.subtract(summary["layer"], summary["layer_normed"]))
-    print(f"{checkpoint}, {summary['positions']} response positions: target layer {summary['target_layer']}; raw and normed entropy of a "
+    name = run.path.name if isinstance(run, Pretrained) else checkpoint
+    print(f"{name}, {summary['positions']} response positions: target layer {summary['target_layer']}; raw and normed entropy of a "
           f"layer differ by up to {gap.max():.2f} nats (H^{gap.argmax()}); RMS(H^l) goes from {summary['rms'][0]:.2g} to "
           f"{summary['rms'][-1]:.2g}")  # fmt: skip
 
@@ -537,11 +591,10 @@ def draw_passk(curves: dict, ks):
 # ---- writes --------------------------------------------------------------------------------------------------------
 
 
-def analyze_writes(run: Run, out: Output, checkpoint="base", prompts=64, text=None, prompt=None):
+def analyze_writes(run: Run | Pretrained, out: Output, checkpoint="base", prompts=64, text=None, prompt=None):
     """The figure "writes" and writes.json: cosine of each module's write with the stream that it is added to, by layer
     (Appendix B.2), mean and the middle half of the positions."""
-    model = load(run, checkpoint)
-    cosines = minibupo.residual_cosines(model, *probe_text(run, model, prompts, text, prompt))
+    cosines = minibupo.residual_cosines(*looked_at(run, checkpoint, prompts, text, prompt))
     cosines = {name: cosines[name].double().cpu().numpy() for name in ("attn", "mlp")}
     summary = {name: values.mean(1).tolist() for name, values in cosines.items()}
     out.text("writes.json", json.dumps(summary | {"positions": cosines["attn"].shape[1]}, indent=1))
@@ -591,21 +644,27 @@ def draw_lens(cells: dict, view: str, said: list[str], words, log_vocab: float):
     """A grid of response positions by layers for layer, attention and FFN policy: each cell has the token that the
     policy would choose, coloured by the policy's entropy; in bold where it is the token that follows."""
     L, M = cells["attn_out"]["raw"][0].shape
-    figure, axes = plt.subplots(1, 3, figsize=(max(WIDTH, 0.36 * (3 * L + 4)), 0.9 + 0.19 * M), sharey=True, width_ratios=(L + 1, L, L))
+    if L > 12:  # deep models: panels below each other, cells for words of a few letters
+        figure, axes = plt.subplots(3, 1, figsize=(0.55 * (L + 1) + 2, 3 * (0.5 + 0.19 * M)), squeeze=False)
+        axes = axes[:, 0]
+    else:
+        figure, axes = plt.subplots(1, 3, figsize=(max(WIDTH, 0.36 * (3 * L + 4)), 0.9 + 0.19 * M), sharey=True, width_ratios=(L + 1, L, L))
     for ax, (site, title) in zip(axes, PANELS.items()):
         entropy, ids, _ = cells[site][view]
         image = ax.imshow(entropy.T, cmap="cividis", vmin=0, vmax=log_vocab, aspect="auto")
         for l, m in np.ndindex(entropy.shape):
             token = words(ids[l, m, 0])
-            ax.text(l, m, token, ha="center", va="center", fontsize=7, weight="bold" if token == said[m] else "normal",
+            short = token if len(token) < 8 else token[:6] + "\u2026"
+            ax.text(l, m, short, ha="center", va="center", fontsize=7, weight="bold" if token == said[m] else "normal",
                     color="white" if entropy[l, m] < 0.55 * log_vocab else "black")  # fmt: skip
         layers = range(0 if site == "resid_post" else 1, L + 1)
         ax.set_xticks(range(len(layers)), ["emb." if l == 0 else str(l) for l in layers])
         ax.tick_params(length=0)
         ax.set_title(title)
         ax.set_xlabel("layer")
-    axes[0].set_yticks(range(M), said)
-    axes[0].set_ylabel("response token, to be predicted")
+    for ax in axes if L > 12 else axes[:1]:
+        ax.set_yticks(range(M), said)
+        ax.set_ylabel("response token, to be predicted")
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
     return figure
 
@@ -628,37 +687,86 @@ def lens_page(title: str, read: list[str], said: list[str], log_vocab: float, by
     return LENS_PAGE.replace("DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def analyze_lens(run: Run, out: Output, prompt: str, checkpoint="final", text=None, view="raw"):
-    """lens.png of one checkpoint and lens.html of all that the run has, for a prompt and a response: `text`, or what the
-    checkpoint answers greedily."""
+def toy_lens(run: Run, prompt: str, checkpoint: str, text):
+    """What the lens shows of a run: the checkpoint of the picture, all models by name, tokens, mask, a word for each id."""
     model = load(run, checkpoint)
     before = torch.tensor([toy.encode(prompt)])
     if text is None:
         if before.numel() == 0:
             raise ValueError("the lens needs a prompt, such as 7+5*3-2=")
-        answer = model.generate(before.to(next(model.parameters()).device), room(run, model, before), temperature=0,
-                                eos_id=toy.EOS, pad_id=toy.PAD)  # fmt: skip
+        answer = model.generate(before.to(model.cos.device), room(run, model, before), temperature=0, eos_id=toy.EOS, pad_id=toy.PAD)
         text = toy.decode(answer.tokens[0, before.shape[1] : answer.end[0]])
-    tokens, mask = probe_text(run, model, text=text, prompt=prompt)
     words = {toy.EOS: "eos", toy.PAD: "pad"} | {i: c for i, c in enumerate(toy.CHARACTERS)}
-    read, said = ([words[i] for i in row[mask[0]].tolist()] for row in (tokens[0, :-1], tokens[0, 1:]))
-    log_vocab = float(np.log(model.cfg.vocab_size))
-    out.figure("lens", draw_lens(lens_cells(model, tokens, mask), view, said, lambda i: words[int(i)], log_vocab))
     names = checkpoints(run) if checkpoint in CHECKPOINTS else [checkpoint]
-    cells = {name: lens_cells(load(run, name), tokens, mask) for name in names}
-    out.text("lens.html", lens_page(prompt + text, read, said, log_vocab, cells, lambda i: words[int(i)]))
+    return checkpoint, {name: load(run, name) for name in names}, *probe_text(run, model, text=text, prompt=prompt), words.get
+
+
+ANSWER = 48  # tokens that a pretrained model is given for an answer
+
+
+def pretrained_lens(of: Pretrained, prompt: str, text):
+    """The same for a pretrained model."""
+    if text is None:
+        ids, first = encode_chat(of.tokenizer, prompt, "")
+        if not ids:
+            raise ValueError("the lens needs a prompt")
+        answer = of.model.generate(torch.tensor([ids], device=of.model.cos.device), ANSWER, temperature=0, eos_id=of.tokenizer.eos_token_id)
+        tokens = answer.tokens[:, : answer.end[0]]
+        mask = response_mask(answer.prompt_len, answer.end, tokens.shape[1])
+    else:
+        tokens, mask = pretrained_text(of, text, prompt)
+    name = of.path.name
+    return name, {name: of.model}, tokens, mask, lambda i: visible(of.tokenizer.decode([i]))
+
+
+def visible(token: str) -> str:
+    """A token's text with a dot for each space and an escape, such as \\n, for what cannot be seen."""
+    return "".join("\u00b7" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in token)
+
+
+def analyze_lens(run: Run | Pretrained, out: Output, prompt: str, checkpoint="final", text=None, view="raw"):
+    """lens.png of one checkpoint and lens.html of all that the run has (or of a pretrained model), for a prompt and a
+    response: `text`, or what the model answers greedily."""
+    shown = pretrained_lens(run, prompt, text) if isinstance(run, Pretrained) else toy_lens(run, prompt, checkpoint, text)
+    name, models, tokens, mask, word = shown
+    read, said = ([word(i) for i in row[mask[0]].tolist()] for row in (tokens[0, :-1], tokens[0, 1:]))
+    title = "".join(word(i) for i in tokens[0].tolist())
+    log_vocab = float(np.log(models[name].cfg.vocab_size))
+    cells = {name: lens_cells(model, tokens, mask) for name, model in models.items()}
+    out.figure("lens", draw_lens(cells[name], view, said, lambda i: word(int(i)), log_vocab))
+    out.text("lens.html", lens_page(title, read, said, log_vocab, cells, lambda i: word(int(i))))
 
 
 # ---- sample --------------------------------------------------------------------------------------------------------
 
 
-def analyze_sample(run: Run, prompt: str, layer=None, checkpoint="final", count=4, problems=256):
+def sample_pretrained(of: Pretrained, prompt: str, layer=None, count=4):
+    """Print `count` responses of a layer's internal policy to a prompt, and one of pi_theta."""
+    L, device = of.model.cfg.n_layer, of.model.cos.device
+    if layer is None:
+        raise ValueError(f"a pretrained model needs --layer, 1..{L}")
+    ids, _ = encode_chat(of.tokenizer, prompt, "")
+    if not ids:
+        raise ValueError("sample needs a prompt")
+    for name, model, n in ((f"layer {layer}'s policy", of.model.truncated(layer), count), ("pi_theta", of.model, 1)):
+        sampled = model.generate(torch.tensor([ids], device=device), ANSWER, num_samples=n, eos_id=of.tokenizer.eos_token_id,
+                                 generator=toy.torch_rng(device, 0, toy.SAMPLE, 0))  # fmt: skip
+        print(f"responses of {name} (at most {ANSWER} tokens):")
+        for row, end in zip(sampled.tokens, sampled.end):
+            print(f"  {of.tokenizer.decode(row[len(ids):end], skip_special_tokens=True)!r}")
+
+
+def analyze_sample(run: Run | Pretrained, prompt: str, layer=None, checkpoint="final", count=4, problems=256):
     """Print responses of the internal policy of a layer (default: the target layer) to a prompt, and its accuracy on
-    held-out problems beside that of pi_theta."""
+    held-out problems beside that of pi_theta. A pretrained model answers only."""
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, not {count}")
+    if isinstance(run, Pretrained):
+        return sample_pretrained(run, prompt, layer, count)
     model, s = load(run, checkpoint), run.settings
     layer = run.target if layer is None else layer
     internal = model.truncated(layer)
-    device = next(model.parameters()).device
+    device = model.cos.device
     expr, tokens = prompt.removesuffix("="), torch.tensor([toy.encode(prompt)], device=device)
     if not prompt.endswith("=") or len(expr) % 2 == 0 or not expr[::2].isdigit() or not set(expr[1::2]) <= set("+-*"):
         raise ValueError(f"prompt {prompt!r} is no problem: digits joined by + - *, then =, such as 7+5*3-2=")
@@ -739,43 +847,49 @@ def analyze_all(run: Run, out: Output):
 # ---- command line ------------------------------------------------------------------------------------------------------
 
 
+LOOKS_INSIDE = ("entropy", "writes", "lens", "sample")  # the commands that take a pretrained model as well
+
+
 def parse_arguments(argv) -> argparse.Namespace:
-    """Read the command line. A first argument that is no command is a run, of which everything is wanted."""
+    """Read the command line; an option that is not given is not in the result. A first argument that is no command is a
+    run, of which everything is wanted."""
     parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
     def command(name, help, several=False):
-        sub = commands.add_parser(name, help=help, allow_abbrev=False)
-        sub.add_argument("run", metavar="RUN", nargs="+" if several else None, help="directory of a run")
+        sub = commands.add_parser(name, help=help, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        what = "directory of a run" + (", or a pretrained model: directory, .gguf file or name on the hub" if name in LOOKS_INSIDE else "")
+        sub.add_argument("run", metavar="RUN", nargs="+" if several else None, help=what)
         if name != "sample":
-            sub.add_argument("--out", metavar="DIR", help="where to write (default: RUN/figures, of the first run)")
+            sub.add_argument("--out", metavar="DIR", help="where to write (default: RUN/figures, of the first run; out/MODEL/figures)")
             sub.add_argument("--pdf", action="store_true", help="write figures as PDF as well")
+        if name in LOOKS_INSIDE:
+            default = "base" if name in ("entropy", "writes") else "final"
+            sub.add_argument("--checkpoint", metavar="base|phase1|final|FILE", help=f"which model of a run (default: {default})")
+            sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of a pretrained model's weights (default: float32)")
         return sub
 
     command("all", "everything that a run holds data for")
     for name, help in (("entropy", "entropy flow and entropy change by layer"), ("writes", "cosines of writes with the stream, by layer")):
         sub = command(name, help)
-        sub.add_argument("--checkpoint", default="base", metavar="base|phase1|final|FILE", help="which model (default: base)")
-        sub.add_argument("--prompts", type=int, default=64, help="look at the responses to this many held-out problems (default: 64)")
+        sub.add_argument("--prompts", type=int, help="look at the responses to this many held-out problems of a run (default: 64)")
         sub.add_argument("--text", help="look at this text instead; all behind its first token is response")
         sub.add_argument("--prompt", help="prompt of --text, which alone is the response then")
     commands.choices["entropy"].add_argument("--matched", action="store_true", help="add the norm-matched curve")
     command("dynamics", "reward, accuracy, entropy and length over steps", several=True)
     command("refinement", "cosines to the final layer over steps", several=True)
     passk = command("passk", "Pass@K for K = 1..256", several=True)
-    passk.add_argument("--problems", type=int, default=16, help="held-out problems a tier (default: 16)")
-    passk.add_argument("--samples", type=int, default=256, help="responses to each of them (default: 256)")
+    passk.add_argument("--problems", type=int, help="held-out problems a tier (default: 16)")
+    passk.add_argument("--samples", type=int, help="responses to each of them (default: 256)")
     lens = command("lens", "what every internal policy would say, position by position")
     lens.add_argument("prompt", metavar="PROMPT", help="such as 7+5*3-2=")
-    lens.add_argument("--checkpoint", default="final", metavar="base|phase1|final|FILE", help="which model (default: final)")
     lens.add_argument("--text", help="the response to look at (default: what the model answers greedily)")
-    lens.add_argument("--view", choices=VIEWS, default="raw", help="policies of the picture: raw, or with the final norm")
+    lens.add_argument("--view", choices=VIEWS, help="policies of the picture: raw, or with the final norm (default: raw)")
     sample = command("sample", "responses of an internal policy, and its accuracy")
     sample.add_argument("prompt", metavar="PROMPT", help="such as 7+5*3-2=")
-    sample.add_argument("--layer", type=int, help="layer, 1..L (default: the target layer)")
-    sample.add_argument("--checkpoint", default="final", metavar="base|phase1|final|FILE", help="which model (default: final)")
-    sample.add_argument("--count", type=int, default=4, help="responses to print (default: 4)")
-    sample.add_argument("--problems", type=int, default=256, help="held-out problems a tier (default: 256)")
+    sample.add_argument("--layer", type=int, help="layer, 1..L (default: the target layer of the run)")
+    sample.add_argument("--count", type=int, help="responses to print (default: 4)")
+    sample.add_argument("--problems", type=int, help="held-out problems a tier (default: 256)")
     command("table", "results as Markdown, mean and 95 %% interval over seeds", several=True)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] not in commands.choices and not argv[0].startswith("-"):
@@ -785,18 +899,32 @@ def parse_arguments(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_subject(path, command: str, options: dict):
+    """The run or pretrained model that a command is about. Raises ValueError for options that are for the other one."""
+    if is_run(path):
+        wrong, kind = options.keys() & {"dtype"}, "run"
+    elif command in LOOKS_INSIDE:
+        wrong, kind = options.keys() & {"checkpoint", "prompts", "problems"}, "pretrained model"
+    else:
+        raise ValueError(f"{path} is no run; of a pretrained model there are {', '.join(LOOKS_INSIDE)}")
+    if wrong:
+        raise ValueError(f"--{min(wrong)} is not for a {kind}, which {path} is")
+    return read_run(path) if kind == "run" else read_pretrained(path, options.pop("dtype", "float32"))
+
+
 def main(argv=None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for what the user can mend."""
     try:
         options = vars(parse_arguments(argv))
         command, paths = options.pop("command"), options.pop("run")
-        runs = [read_run(path) for path in ([paths] if isinstance(paths, str) else paths)]
-        if "out" in options:
-            options["out"] = Output(Path(options["out"] or runs[0].path / "figures"), options.pop("pdf"))
+        runs = [read_subject(path, command, options) for path in ([paths] if isinstance(paths, str) else paths)]
+        if command != "sample":
+            folder, pdf = options.pop("out", None), options.pop("pdf", False)
+            options["out"] = Output(Path(folder or runs[0].path / "figures"), pdf)
         with plt.rc_context(STYLE):
             globals()[f"analyze_{command}"](runs if isinstance(paths, list) else runs[0], **options)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
 

