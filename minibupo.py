@@ -290,7 +290,8 @@ def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, 
         rows = rows[advantages[rows] != 0]
         if len(rows) == 0:
             continue
-        rows = rows[end[rows].argsort()]  # rows of one length together, so that little of a chunk is padding
+        if chunk:
+            rows = rows[end[rows].argsort()]  # rows of one length together, so that little of a chunk is padding
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for part in rows.split(chunk or len(rows)):

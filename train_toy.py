@@ -223,7 +223,7 @@ class Settings:
     clip: float = option(0.2, "the surrogate's epsilon")
     advantage: str = option("grpo", "how rewards become advantages", choices=minibupo.ADVANTAGES)
     average: str = option("token", "average the loss over tokens or sequences", choices=("token", "sequence"))
-    chunk: int = option(64, "rows that an update takes through the model at a time; on a GPU more are faster")
+    chunk: int = option(0, "rows that an update takes through the model at a time (0: all of a mini-batch)")
     precision: str = option("float32", "of matrix products", choices=("float32", "tf32", "bfloat16"))
     temperature: float = option(1.0, "of rollouts and their log-probabilities; evaluation is at 1")
     max_new_tokens: int | None = option(None, "limit of a response (default: a careful one at n + 1 digits)", type=int)
@@ -241,7 +241,7 @@ class Settings:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         lowest = dict(s_inter=0, steps=0, seed=0, threads=1, train_problems=0, n=3, n_layer=2, questions=1, group=2, minibatches=1,
                       sloppy_from=1, pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
-                      probe_every=1, save_every=1, chunk=1)  # fmt: skip
+                      probe_every=1, save_every=1, chunk=0)  # fmt: skip
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
@@ -285,7 +285,7 @@ PRESETS = {
     "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.6, sloppy_from=250, pretrain_max_steps=400,
                   questions=32, steps=20, s_inter=3, eval_problems=64),
     "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
-                chunk=1024, steps=200, s_inter=15, pretrain_max_steps=5000),
+                steps=200, s_inter=15, pretrain_max_steps=5000),
 }  # fmt: skip
 
 

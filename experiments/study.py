@@ -58,15 +58,15 @@ def bupo(layer, steps, site="resid_post", **more):
 
 
 SETTINGS = {  # what differs from train_toy's defaults
-    "fresh": dict(questions=32, steps=60),
-    "finite": dict(questions=32, steps=80, train_problems=96),
+    "fresh": dict(questions=32, steps=60, chunk=64),
+    "finite": dict(questions=32, steps=60, chunk=64, train_problems=96),
 }
 QK, NO_QK = (30, 31, 32), (33, 34, 35)  # seeds of the base models, with QK-norm (as in Qwen3) and without (as in Llama)
 ARMS = {
     "GRPO": Arm(),
     "BuPO": bupo(RULE, 5),
     "BuPO, layer below": bupo("below", 5),
-    **{f"s_inter {n}": bupo(RULE, n) for n in (2, 10, 20, 40, 60)},
+    **{f"s_inter {n}": bupo(RULE, n) for n in (2, 10, 20, 60)},
     **{f"layer {l}": bupo(l, 10) for l in (1, 2, 3, 4, 5)},
     "attention": bupo(RULE, 10, "attn_out"),
     "FFN": bupo(RULE, 10, "mlp_out"),
@@ -88,7 +88,7 @@ def plan() -> list[tuple]:
     def with_arms(arms, pairs=pairs):
         return [("fresh", arm, *pair) for pair in pairs for arm in arms]
 
-    finite = [("finite", *run[1:]) for run in first]
+    finite = [("finite", arm, base, seed) for _, arm, base, seed in first if arm != "BuPO, layer below"]
     layers = [f"layer {l}" for l in (1, 2, 3, 4, 5)]
     no_qk = with_arms(["GRPO", *layers], [(base, seed) for seed in (300, 301) for base in NO_QK])
     rest = [arm for arm in ARMS if arm not in ("GRPO", "BuPO", "BuPO, layer below")]
@@ -306,7 +306,7 @@ def every_pair(lines, setting) -> str:
 def when_phase_1_ends(lines) -> str:
     """By s_inter: KL from the base, perplexity of the base's solutions, entropies and reward in the last step of phase 1."""
     rows = ["| s_inter | KL (nats) | perplexity, base -> end of phase 1 | target layer's entropy | reward | dH_Layer |", "|" + "---|" * 6]
-    for arm in ("BuPO", "s_inter 10", "s_inter 20", "s_inter 40", "s_inter 60"):
+    for arm in ("BuPO", "s_inter 10", "s_inter 20", "s_inter 60"):
         runs = [r for r, _ in pairs_of(lines, "fresh", arm, "GRPO", QK)]
         s = sum(step[5] for step in runs[0]["log"]) if runs else 0
         if s % 5 or not s or str(s) not in runs[0]["inside"]:

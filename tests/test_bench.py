@@ -67,7 +67,7 @@ def test_every_row_learns():
     model = GPT(s.model_config())
     seen, plain = [], minibupo.group_advantages
     with pytest.MonkeyPatch.context() as patch, bench.every_row_learns(s):
-        patch.setattr(minibupo, "group_advantages", lambda rewards: seen.append(plain(rewards)) or seen[-1])
+        patch.setattr(minibupo, "group_advantages", lambda rewards, *kind: seen.append(plain(rewards, *kind)) or seen[-1])
         toy.rl_step(s, model, toy.adamw(model, 1e-9, 0.0), minibupo.FULL, minibupo.Policy(1), 1, bench.CPU)
     assert seen[0].shape == (4, 8) and (seen[0] != 0).all()
 
