@@ -420,6 +420,8 @@ def open_checkpoint(source):
     if not path.exists():
         path = Path(download(str(source)))
     if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is a file, but not a .gguf one")
         return open_gguf(path)
     settings = read_json(path / "config.json")
     return settings, safetensors_of(path)

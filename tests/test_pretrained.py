@@ -236,6 +236,12 @@ def test_bad_directories_are_named(saved, tmp_path_factory):
         GPT.from_pretrained(saved)
 
 
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "base.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="base.pt is a file, but not a .gguf one"):
+        GPT.from_pretrained(tmp_path / "base.pt")
+
+
 def test_a_missing_shard_is_named(tmp_path):
     build("Llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -78,7 +78,7 @@ def test_characters_outside_the_vocabulary_are_named(text):
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 8])
 def test_solutions_against_arithmetic(n):
-    """Thousands of problems: careful solutions do one operation a line, sloppy ones leave lines out; all are right."""
+    """Hundreds of problems a size: careful solutions do one operation a line, sloppy ones leave lines out; all are right."""
     rng = np.random.default_rng(n)
     expr = toy.draw_problems(rng, 300, n)
     for skip in (0.0, 0.5, 1.0):
