@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 import minibupo  # noqa: E402
 import train_toy as toy  # noqa: E402
+from analyze import plt  # noqa: E402
 from minibupo import FULL, Policy  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -304,10 +305,13 @@ def every_pair(lines, setting) -> str:
 
 
 def when_phase_1_ends(lines) -> str:
-    """By s_inter: KL from the base, perplexity of the base's solutions, entropies and reward in the last step of phase 1."""
-    rows = ["| s_inter | KL (nats) | perplexity, base -> end of phase 1 | target layer's entropy | reward | dH_Layer |", "|" + "---|" * 6]
+    """By s_inter: KL from the base, perplexity of the base's solutions, entropies and reward in the last step of phase 1; and
+    the paired difference in area if phase 1 cost nothing, the arm's step s_inter + t against GRPO's step t."""
+    rows = ["| s_inter | KL (nats) | perplexity, base -> end of phase 1 | target layer's entropy | reward | dH_Layer | Δ area, phase 1 for free |",
+            "|" + "---|" * 7]  # fmt: skip
     for arm in ("BuPO", "s_inter 10", "s_inter 20", "s_inter 60"):
-        runs = [r for r, _ in pairs_of(lines, "fresh", arm, "GRPO", QK)]
+        pairs = pairs_of(lines, "fresh", arm, "GRPO", QK)
+        runs = [r for r, _ in pairs]
         s = sum(step[5] for step in runs[0]["log"]) if runs else 0
         if s % 5 or not s or str(s) not in runs[0]["inside"]:
             continue
@@ -316,7 +320,9 @@ def when_phase_1_ends(lines) -> str:
             return " -> ".join(f"{np.mean([r['inside'][str(step)][key] for r in runs]):.2f}" for step in (0, s))
 
         kl, reward = (np.mean([r["log"][s - 1][i] for r in runs]) for i in (3, 0))
-        rows.append(f"| {s} | {kl:.3f} | {change('perplexity')} | {change('entropy')} | {reward:.2f} | {change('d_layer')} |")
+        ahead = [[r["held"][str(t + s)] - c["held"][str(t)] for t in range(10, 61 - s, 10)] for r, c in pairs] if s in (10, 20) else []
+        free = shown(np.mean(ahead, axis=1)) if ahead else ""
+        rows.append(f"| {s} | {kl:.3f} | {change('perplexity')} | {change('entropy')} | {reward:.2f} | {change('d_layer')} | {free} |")
     return "\n".join(rows)
 
 
@@ -375,6 +381,64 @@ def report(lines) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def draw_effects(lines):
+    """Left: held-out accuracy as training goes on, by s_inter. Right: paired differences from GRPO, arm by arm."""
+    figure, (ax, right) = plt.subplots(1, 2, figsize=(analyze.WIDTH, 4.4), width_ratios=(1, 1.1))
+    for colour, arm in zip(analyze.COLOURS, ("GRPO", "BuPO", "s_inter 10", "s_inter 20", "s_inter 60")):
+        name = {"BuPO": "BuPO, s_inter 5", "s_inter 60": "s_inter 60: InterGRPO alone"}.get(arm, arm)
+        runs = [r for r, _ in pairs_of(lines, "fresh", arm, "GRPO", QK) if r["seed"] in (300, 301)]
+        if runs and runs[0]["held"]:
+            steps = [int(step) for step in runs[0]["held"]]
+            curves = 100 * np.array([list(r["held"].values()) for r in runs])  # (runs, evaluations)
+            ax.plot(steps, curves.mean(0), "o-", color=colour, label=name)
+            error = curves.std(0, ddof=1) if len(runs) > 1 else 0 * curves[0]
+            ax.fill_between(steps, curves.mean(0) - error, curves.mean(0) + error, color=colour, alpha=0.15, linewidth=0)
+    ax.set_xlabel("step")
+    ax.set_title("held-out Avg@8 at n = 5 (%), 6 runs each")
+    ax.legend(loc="lower right")
+    arms = [arm for arm in ARMS if arm != "GRPO" and len(pairs_of(lines, "fresh", arm, "GRPO", QK)) > 1]
+    for y, arm in enumerate(reversed(arms)):
+        pairs = pairs_of(lines, "fresh", arm, "GRPO", QK)
+        for offset, colour, read in ((0.15, analyze.BLUE, area), (-0.15, analyze.ORANGE, MEASURES["Avg@8"])):
+            mean, half = analyze.mean_interval([100 * (read(r) - read(c)) for r, c in pairs])
+            right.errorbar(max(mean, -60), y + offset, xerr=half, fmt="o", color=colour, capsize=2, elinewidth=0.8)
+    right.axvline(0, color="black", linewidth=0.6)
+    right.set_yticks(range(len(arms)), list(reversed(arms)))
+    right.set_xscale("symlog", linthresh=5)
+    right.set_xticks([-50, -20, -10, -5, -2, 0, 2, 5], ["-50", "-20", "-10", "-5", "-2", "0", "2", "5"])
+    right.set_xlabel("points, 95 % interval")
+    right.set_title("arm - GRPO, paired")
+    lines_ = [plt.Line2D([], [], marker="o", linestyle="", color=c) for c in (analyze.BLUE, analyze.ORANGE)]
+    right.legend(lines_, ["area under the curve", "Avg@8 at the end"], loc="lower left")
+    return figure
+
+
+def draw_refinement(lines):
+    """InterGRPO alone against GRPO: cosine of the target layer to the top, perplexity of the base's solutions, and what a
+    linear probe reads of the next intermediate result, layer by layer."""
+    figure, axes = plt.subplots(1, 3, figsize=(analyze.WIDTH, 2.5))
+    pairs = pairs_of(lines, "fresh", "s_inter 60", "GRPO", QK)
+    for side, name, colour in ((0, "InterGRPO alone", analyze.BLUE), (1, "GRPO", analyze.ORANGE)):
+        steps = list(pairs[0][side]["inside"])
+        runs = [pair[side] for pair in pairs]
+        cosine = np.array([[r["inside"][step]["cos"][r["target"][0]] for step in steps] for r in runs])
+        perplexity = np.array([[r["inside"][step]["perplexity"] for step in steps] for r in runs])
+        for ax, values in zip(axes, (cosine, perplexity)):
+            ax.plot([int(step) for step in steps], values.mean(0), color=colour, label=name)
+            ax.fill_between([int(step) for step in steps], values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        gain = 100 * np.array([np.subtract(r["probe"]["20"], r["probe"]["0"]) for r in runs])  # (pairs, L+1)
+        half = [analyze.mean_interval(column)[1] or 0 for column in gain.T]
+        axes[2].errorbar(np.arange(gain.shape[1]) + (side - 0.5) / 5, gain.mean(0), half, fmt="o", color=colour, capsize=2, elinewidth=0.8)
+    titles = ("cos($H^l$, $H^L$), target layer", "perplexity of base solutions", "linear probe, 20 steps - base (points)")
+    for ax, title in zip(axes, titles):
+        ax.set_title(title)
+        ax.set_xlabel("step")
+    axes[2].axhline(0, color="black", linewidth=0.6)
+    analyze.layer_axis(axes[2], len(pairs[0][0]["probe"]["0"]) - 1, 0)
+    axes[0].legend(loc="best")
+    return figure
+
+
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="The study of BuPO against GRPO on the toy task.")
@@ -390,6 +454,11 @@ def main() -> int:
     lines = read(folder / "study.jsonl")
     (folder / "study.md").write_text(report(lines), encoding="utf-8")
     print(report(lines))
+    with plt.rc_context(analyze.STYLE):
+        out = analyze.Output(o.quick or ROOT / "experiments" / "figures")
+        out.figure("study_effects", draw_effects(lines))
+        if pairs_of(lines, "fresh", "s_inter 60", "GRPO", QK):
+            out.figure("study_refinement", draw_refinement(lines))
     return 0
 
 
