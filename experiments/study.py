@@ -307,8 +307,9 @@ def every_pair(lines, setting) -> str:
 def when_phase_1_ends(lines) -> str:
     """By s_inter: KL from the base, perplexity of the base's solutions, entropies and reward in the last step of phase 1; and
     the paired difference in area if phase 1 cost nothing, the arm's step s_inter + t against GRPO's step t."""
-    rows = ["| s_inter | KL (nats) | perplexity, base -> end of phase 1 | target layer's entropy | reward | dH_Layer | Δ area, phase 1 for free |",
-            "|" + "---|" * 7]  # fmt: skip
+    names = ("s_inter", "KL (nats)", "perplexity, base -> end of phase 1", "target layer's entropy", "reward", "dH_Layer",
+             "Δ area, phase 1 for free")  # fmt: skip
+    rows = ["| " + " | ".join(names) + " |", "|" + "---|" * 7]
     for arm in ("BuPO", "s_inter 10", "s_inter 20", "s_inter 60"):
         pairs = pairs_of(lines, "fresh", arm, "GRPO", QK)
         runs = [r for r, _ in pairs]
