@@ -5,6 +5,7 @@ every parameter filled once                what GPT would compute wrongly is ref
 """
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -266,6 +267,29 @@ def test_without_the_extra_it_says_what_to_install(saved, monkeypatch):
     monkeypatch.setattr(model_module.importlib, "import_module", absent)
     with pytest.raises(ImportError, match=r'safetensors is needed .*: pip install -e "\.\[hf\]"'):
         GPT.from_pretrained(saved)
+
+
+def own_memory():
+    """Bytes of this process that are no mapped file (a safetensors file is mapped, its pages are the system's to drop)."""
+    line = next(line for line in open("/proc/self/status", encoding="utf-8") if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_no_second_copy_of_the_weights_is_held(tmp_path, monkeypatch):
+    sizes = dict(vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    build("Llama", **sizes).save_pretrained(tmp_path)
+    opened, seen = model_module.open_checkpoint, []
+
+    def watched(source):
+        settings, tensors = opened(source)
+        return settings, ((name, seen.append(own_memory()) or tensor) for name, tensor in tensors)
+
+    monkeypatch.setattr(model_module, "open_checkpoint", watched)
+    before = own_memory()
+    model = GPT.from_pretrained(tmp_path)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    assert weights > 60e6 and max(seen) - before < 1.15 * weights
 
 
 def test_dtype_must_be_floating(saved):
