@@ -31,7 +31,7 @@ import torch
 import minibupo
 import train_toy as toy
 from minibupo import response_mask
-from model import GPT, SITES, encode_chat, load_tokenizer
+from model import GPT, SITES, encode_chat, encode_text, load_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -294,7 +294,7 @@ def pretrained_text(of: Pretrained, text=None, prompt=None):
     which goes through the chat template if there is one, only the text is."""
     if text is None:
         raise ValueError("a pretrained model needs --text, something to look at")
-    ids, first = (of.tokenizer(text).input_ids, 1) if prompt is None else encode_chat(of.tokenizer, prompt, text)
+    ids, first = (encode_text(of.tokenizer, text), 1) if prompt is None else encode_chat(of.tokenizer, prompt, text)
     if len(ids) <= first:
         raise ValueError(f"--text {text!r} has no response position: it takes a token behind the {'prompt' if prompt else 'first one'}")
     tokens = torch.tensor([ids], device=of.model.cos.device)
@@ -324,7 +324,7 @@ def measure_entropies(model, tokens, mask, *, chunk=None, matched=False) -> dict
     entropies["rms"] = minibupo.residual_rms(model, tokens, mask)["layer"]
     if matched:
         entropies["layer_matched"] = matched_entropies(model, tokens, mask, entropies["rms"][-1], chunk)
-    return {name: values.double().cpu().numpy() for name, values in entropies.items()}
+    return {name: values.cpu().double().numpy() for name, values in entropies.items()}
 
 
 @torch.no_grad()
@@ -343,7 +343,7 @@ def matched_entropies(model, tokens, mask, size, chunk):
 def summarize(measured: dict) -> dict:
     """What entropy.json holds: means over positions, standard errors under NAME_sem (null for a single position), medians
     under NAME_median (a few positions of a language model can own a mean); "positions",
-    "target_layer" of the paper's rule (null for a model of one layer), "log_vocab"."""
+    "target_layer" of the paper's rule (null for a model of one layer)."""
     summary, M = {}, measured["layer"].shape[1]
     for name in ("layer", "layer_normed", "layer_matched", "attn", "mlp", "d_layer", "d_attn", "d_mlp", "rms"):
         if name in measured:
@@ -436,7 +436,8 @@ def analyze_entropy(run: Run | Pretrained, out: Output, checkpoint="base", promp
     out.figure("entropy_change", draw_change(measured, summary["target_layer"], log_vocab))
     gap = np.abs(np.subtract(summary["layer"], summary["layer_normed"]))
     name = run.path.name if isinstance(run, Pretrained) else checkpoint
-    print(f"{name}, {summary['positions']} response positions: target layer {summary['target_layer']}; raw and normed entropy of a "
+    target = f"{summary['target_layer']}" + ("" if any(d > 0 for d in summary["d_mlp"][:-1]) else " (no FFN below the top widens)")
+    print(f"{name}, {summary['positions']} response positions: target layer {target}; raw and normed entropy of a "
           f"layer differ by up to {gap.max():.2f} nats (H^{gap.argmax()}); RMS(H^l) goes from {summary['rms'][0]:.2g} to "
           f"{summary['rms'][-1]:.2g}")  # fmt: skip
 
@@ -595,7 +596,7 @@ def analyze_writes(run: Run | Pretrained, out: Output, checkpoint="base", prompt
     """The figure "writes" and writes.json: cosine of each module's write with the stream that it is added to, by layer
     (Appendix B.2), mean and the middle half of the positions."""
     cosines = minibupo.residual_cosines(*looked_at(run, checkpoint, prompts, text, prompt))
-    cosines = {name: cosines[name].double().cpu().numpy() for name in ("attn", "mlp")}
+    cosines = {name: cosines[name].cpu().double().numpy() for name in ("attn", "mlp")}
     summary = {name: values.mean(1).tolist() for name, values in cosines.items()}
     out.text("writes.json", json.dumps(summary | {"positions": cosines["attn"].shape[1]}, indent=1))
     L = len(cosines["attn"])
@@ -655,7 +656,7 @@ def draw_lens(cells: dict, view: str, said: list[str], words, log_vocab: float):
         for l, m in np.ndindex(entropy.shape):
             token = words(ids[l, m, 0])
             short = token if len(token) < 8 else token[:6] + "\u2026"
-            ax.text(l, m, short, ha="center", va="center", fontsize=7, weight="bold" if token == said[m] else "normal",
+            ax.text(l, m, short, parse_math=False, ha="center", va="center", fontsize=7, weight="bold" if token == said[m] else "normal",
                     color="white" if entropy[l, m] < 0.55 * log_vocab else "black")  # fmt: skip
         layers = range(0 if site == "resid_post" else 1, L + 1)
         ax.set_xticks(range(len(layers)), ["emb." if l == 0 else str(l) for l in layers])
@@ -663,7 +664,7 @@ def draw_lens(cells: dict, view: str, said: list[str], words, log_vocab: float):
         ax.set_title(title)
         ax.set_xlabel("layer")
     for ax in axes if L > 12 else axes[:1]:
-        ax.set_yticks(range(M), said)
+        ax.set_yticks(range(M), said, parse_math=False)
         ax.set_ylabel("response token, to be predicted")
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
     return figure

@@ -162,7 +162,8 @@ def internal_entropies(model, tokens, mask, *, final_norm=None, chunk=4096):
     "layer" (L+1, M) of H^0..H^L, "attn" and "mlp" (L, M) of A^l and F^l, "attn_in" and "mlp_in" (L, M) of the normed
     stream that these modules read. With `final_norm` (the model's LN_f) also "layer_normed" (L+1, M), the logit lens
     softmax(LN_f(H^l) E_u^T), whose last row is pi_theta's own entropy. Positions are unembedded `chunk` at a time and
-    layers come one by one, so that memory grows with neither. Raises ValueError for a mask without positions.
+    layers come one by one, so that the logits held at once, three times (chunk, V), grow with neither. Raises ValueError
+    for a mask without positions.
     """
     if not mask.any():
         raise ValueError("there are no response positions to take the entropy of")
@@ -317,7 +318,7 @@ def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, 
 
 def avg_at_k(correct) -> float:
     """Avg@K: the mean accuracy over all of K samples a problem, correct (P, K) of 0 and 1."""
-    return float(torch.as_tensor(correct).double().mean())
+    return float(torch.as_tensor(correct).cpu().double().mean())
 
 
 def pass_at_k(n: int, c, k: int):

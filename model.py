@@ -452,7 +452,8 @@ def read_json(path) -> dict:
 
 
 def safetensors_of(directory):
-    """Yield (name, tensor) of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    """The (name, tensor) pairs, lazily, of model.safetensors or of the shards that model.safetensors.index.json lists.
+    What is missing is found at once, before any memory is taken."""
     safetensors = need("safetensors")
     shards, index = ["model.safetensors"], directory / "model.safetensors.index.json"
     if not (directory / shards[0]).exists():
@@ -465,13 +466,17 @@ def safetensors_of(directory):
     for shard in shards:
         if not (directory / shard).exists():
             raise ValueError(f"{directory} has no {shard}, which {index.name} lists")
-    for shard in shards:
-        try:
-            with safetensors.safe_open(directory / shard, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{directory / shard} is truncated or not a safetensors file ({error})") from None
+
+    def tensors():
+        for shard in shards:
+            try:
+                with safetensors.safe_open(directory / shard, framework="pt") as file:
+                    for name in file.keys():
+                        yield name, file.get_tensor(name)
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{directory / shard} is truncated or not a safetensors file ({error})") from None
+
+    return tensors()
 
 
 GGUF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -489,23 +494,27 @@ def open_gguf(path):
         field = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.")}
     except Exception as error:  # the reader trusts the file, so what it trips over can be anything
         raise ValueError(f"{path} is truncated or not a GGUF file ({error})") from None
-    kind, stored = field.get("general.architecture"), {t.name: t for t in reader.tensors}
+    kind, stored = check_kind(field.get("general.architecture")), {t.name: t for t in reader.tensors}
 
     def get(name, default=None):
         return field.get(f"{kind}.{name}", default)
 
-    head_dim = get("attention.key_length") or get("embedding_length", 0) // get("attention.head_count", 1)
+    width, heads = get("embedding_length"), get("attention.head_count")
+    if not (isinstance(width, int) and isinstance(heads, int) and heads > 0):
+        raise ValueError(f"{path} must have one embedding_length and one head_count for all layers, not {width!r} and {heads!r}")
+    head_dim = get("attention.key_length") or width // heads
     rope = {"rope_theta": get("rope.freq_base", 10_000.0)}
     if "rope_freqs.weight" in stored:
         rope["divisors"] = tuple(numbers(gguf, stored.pop("rope_freqs.weight")).tolist())
-    elif get("rope.scaling.type", "none") != "none":
-        rope["rope_type"] = get("rope.scaling.type")
+    scaling, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor") or get("rope.scale_linear") or 1
+    if scaling not in ("none", "linear") or (scaling == "linear" and factor != 1):  # llama.cpp takes linear for granted
+        rope["rope_type"] = scaling
     settings = {
         "model_type": kind,
         "vocab_size": int(stored["token_embd.weight"].shape[-1]) if "token_embd.weight" in stored else None,
         "num_hidden_layers": get("block_count"),
-        "hidden_size": get("embedding_length"),
-        "num_attention_heads": get("attention.head_count"),
+        "hidden_size": width,
+        "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv"),
         "head_dim": head_dim,
         "intermediate_size": get("feed_forward_length"),
@@ -540,14 +549,28 @@ def numbers(gguf, data):
     return torch.from_numpy(array if array.flags.writeable else array.copy())  # float32 comes as a view of the file
 
 
-def checkpoint_config(c: dict, context_length=None) -> GPTConfig:
-    """The GPTConfig of a checkpoint's settings c. Raises ValueError, by name, for what GPT cannot represent."""
-    kind = c.get("model_type")
+def check_kind(kind):
+    """The architecture's name itself. Raises ValueError for one that GPT does not have."""
     if kind not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"model_type must be llama, qwen2 or qwen3, not {kind!r}")
+    return kind
+
+
+def positive(settings: dict, name: str, default=None):
+    """A setting that must be a number above 0. Raises ValueError for anything else."""
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} must be a number above 0, not {value!r}")
+    return value
+
+
+def checkpoint_config(c: dict, context_length=None) -> GPTConfig:
+    """The GPTConfig of a checkpoint's settings c. Raises ValueError, by name, for what GPT cannot represent."""
+    kind = check_kind(c.get("model_type"))
     layers = c.get("layer_types") or (["sliding_attention"] if c.get("use_sliding_window") else [])
-    if set(layers) - {"full_attention"}:
-        raise ValueError(f"layer_types must all be full_attention, not {', '.join(sorted(set(layers)))}")
+    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
+        names = ", ".join(sorted(set(map(str, layers)))) if isinstance(layers, list) else repr(layers)
+        raise ValueError(f"layer_types must all be full_attention, not {names}")
     for name, only in [("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("attention_dropout", 0),
                        ("partial_rotary_factor", 1), ("num_experts", 0), ("quantization_config", None)]:  # fmt: skip
         # attention_bias would be one on o_proj too; the qkv bias of Qwen2 is not a setting
@@ -560,18 +583,22 @@ def checkpoint_config(c: dict, context_length=None) -> GPTConfig:
         if not isinstance(c.get(name), int):
             raise ValueError(f"{name} must be an integer, not {c.get(name)!r}")
         sizes[ours] = c[name]
-    for name in ("num_key_value_heads", "head_dim"):
-        if not isinstance(c.get(name), int | None):
-            raise ValueError(f"{name} must be an integer or absent, not {c[name]!r}")
+    for name, type_ in [("num_key_value_heads", int), ("head_dim", int), ("tie_word_embeddings", bool)]:
+        if not isinstance(c.get(name), type_ | None):
+            raise ValueError(f"{name} must be of type {type_.__name__} or absent, not {c[name]!r}")
     longest = sizes["context_length"]
     if context_length is not None and not 1 <= context_length <= longest:
         raise ValueError(f"context_length must be in 1..{longest}, the checkpoint's longest, not {context_length}")
     sizes["context_length"] = context_length or min(longest, 4096)
     cfg = GPTConfig(**sizes, n_kv_head=c.get("num_key_value_heads"), head_dim=c.get("head_dim"), qk_norm=kind == "qwen3",
                     qkv_bias=kind == "qwen2", tied=bool(c.get("tie_word_embeddings", False)),
-                    norm_eps=c.get("rms_norm_eps", 1e-6))  # fmt: skip
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer layout holds rope_theta as well
-    theta = rope.get("rope_theta", c.get("rope_theta", 10_000.0))
+                    norm_eps=positive(c, "rms_norm_eps", 1e-6))  # fmt: skip
+    parameters, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}  # the newer layout, the older one
+    for rope in (parameters, scaling):
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"rope_parameters and rope_scaling must be single sets of settings, not {rope!r}")
+    rope = scaling or parameters  # as transformers has it where both are there
+    theta = positive({"rope_theta": c.get("rope_theta", 10_000.0 if kind == "llama" else None)} | parameters | scaling, "rope_theta")
     return replace(cfg, rope_theta=theta, rope_divisors=rope_divisors(rope, theta, cfg.head_dim))
 
 
@@ -579,20 +606,17 @@ def rope_divisors(rope: dict, theta: float, head_dim: int):
     """Llama 3's rope scaling: a frequency f makes n = f x original_max_position_embeddings / 2 pi turns in the context
     of pretraining. Where n < low_freq_factor f is divided by `factor`, where n > high_freq_factor it stays, and
     between them 1 / divisor goes linearly in n. None without scaling; ValueError for one of another kind."""
-    if "divisors" in rope:  # a GGUF file stores them
-        return rope["divisors"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"partial_rotary_factor must be 1, not {rope['partial_rotary_factor']!r}")
     if kind == "default":
-        return None
+        return rope.get("divisors")  # of a GGUF file, which stores them
     if kind != "llama3":
         raise ValueError(f"rope_type must be default or llama3, not {kind!r}")
-    try:
-        factor, low, high, context = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor",
+    factor, low, high, context = (positive(rope, name) for name in ("factor", "low_freq_factor", "high_freq_factor",
                                                                      "original_max_position_embeddings"))  # fmt: skip
-    except KeyError as error:
-        raise ValueError(f"rope scaling llama3 has no {error.args[0]}") from None
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, not {low} and {high}")
     frequency = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     kept = [min(max((f * context / (2 * math.pi) - low) / (high - low), 0.0), 1.0) for f in frequency]
     return tuple(1 / ((1 - w) / factor + w) for w in kept)
@@ -658,6 +682,12 @@ def load_tokenizer(source):
         raise ValueError(f"transformers found no tokenizer in {source} ({type(error).__name__})") from error
 
 
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, as the tokenizer opens one, but not closed by an EOS that some add."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
 def encode_chat(tokenizer, prompt: str, response: str):
     """Token ids of prompt and response, and how many of them are the prompt's. The prompt goes through the tokenizer's
     chat template, up to where the answer begins, if it has one. Both are encoded apart and put together, so that the
@@ -665,7 +695,5 @@ def encode_chat(tokenizer, prompt: str, response: str):
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt_ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
-    if not tokenizer.chat_template and prompt_ids[-1:] == [tokenizer.eos_token_id]:  # some close every text
-        prompt_ids = prompt_ids[:-1]
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids if tokenizer.chat_template else encode_text(tokenizer, prompt)
     return prompt_ids + tokenizer(response, add_special_tokens=False).input_ids, len(prompt_ids)

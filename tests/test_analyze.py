@@ -376,6 +376,17 @@ def test_lens_page_in_a_browser(finished, tmp_path):
     assert not errors
 
 
+def test_lens_picture_takes_any_token(tmp_path):
+    """Dollar signs are text, not formulas; long words are cut; deep models have their panels below each other."""
+    for L in (2, 13):
+        model = tiny(n_layer=L)
+        tokens = torch.arange(6)[None]
+        cells = analyze.lens_cells(model, tokens, torch.ones(1, 5, dtype=torch.bool))
+        figure = analyze.draw_lens(cells, "raw", ["$$", "$a_{$"] * 2 + ["extraordinarily"], lambda i: "$\\frac$" if i % 2 else "wordswords", 2.4)
+        analyze.Output(tmp_path).figure(f"lens{L}", figure)
+        assert (tmp_path / f"lens{L}.png").stat().st_size > 0
+
+
 def test_lens_page_stays_small_and_is_safe():
     model = tiny(vocab_size=5000, context_length=64, n_layer=12)
     tokens = torch.randint(0, 5000, (1, 41), generator=torch.Generator().manual_seed(0))

@@ -190,10 +190,19 @@ def test_update_trains_a_loaded_model(saved, policy):
     (dict(attention_dropout=0.1), "attention_dropout must be 0, not 0.1"),
     (dict(num_experts=8), "num_experts must be 0"),
     (dict(quantization_config={"bits": 4}), "quantization_config must be None"),
-    (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type must be default or llama3, not 'yarn'"),
-    (dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "not 'linear'"),
-    (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope scaling llama3 has no low_freq_factor"),
-    (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor must be 1, not 0.5"),
+    (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "rope_type must be default or llama3, not 'yarn'"),
+    (dict(rope_parameters=None, rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)), "not 'linear'"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "not 'yarn'"),  # beside rope_parameters: it is what counts
+    (dict(rope_parameters=dict(full_attention=dict(rope_type="yarn"))), "must be single sets of settings"),
+    (dict(rope_scaling="linear"), "must be single sets of settings, not 'linear'"),
+    (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)), "low_freq_factor must be a number above 0, not None"),
+    (dict(rope_parameters=LLAMA3 | dict(low_freq_factor=4.0)), "must be below high_freq_factor, not 4.0 and 4.0"),
+    (dict(rope_parameters=dict(rope_theta=None)), "rope_theta must be a number above 0, not None"),
+    (dict(rope_parameters=dict(rope_theta="1e6")), "not '1e6'"),
+    (dict(rms_norm_eps=None), "rms_norm_eps must be a number above 0"),
+    (dict(tie_word_embeddings="false"), "tie_word_embeddings must be of type bool or absent, not 'false'"),
+    (dict(layer_types=3), "layer_types must all be full_attention, not 3"),
+    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor must be 1, not 0.5"),
     (dict(hidden_size=None), "hidden_size must be an integer, not None"),
 ])  # fmt: skip
 def test_what_gpt_cannot_represent_is_refused_by_name(saved, changes, says):
@@ -374,6 +383,8 @@ def test_quantised_gguf_is_dequantised(tmp_path):
     (("add_sliding_window", 8), "layer_types must all be full_attention"),
     (("add_rope_scaling_type", gguf.RopeScalingType.YARN), "rope_type must be default or llama3, not 'yarn'"),
     (("add_rope_dimension_count", 4), "partial_rotary_factor must be 1, not 0.5"),
+    (("add_rope_scaling_factor", 4.0), "rope_type must be default or llama3, not 'linear'"),
+    (("add_head_count", [4, 4, 2]), "one head_count for all layers, not 32 and"),
 ])  # fmt: skip
 def test_gguf_that_gpt_cannot_represent_is_refused_by_name(tmp_path, more, says):
     with pytest.raises(ValueError, match=says):
