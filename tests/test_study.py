@@ -45,7 +45,7 @@ def test_paired_differences_and_their_interval():
     assert sorted(found) == pytest.approx(gains)
     half = 3.182 * np.std(gains, ddof=1) / math.sqrt(4)  # Student's t, 3 degrees of freedom, 95 %
     assert study.shown(gains) == f"**+25.0 ± {100 * half:.1f}**" and study.shown([0.1, -0.1]).startswith("+0.0 ±")
-    assert f"| BuPO | 4 | 0 | 75.0 | **+25.0 ± {100 * half:.1f}** |" in study.comparison(lines, "fresh", ["BuPO"])
+    assert f"| BuPO | 4 | 0 | 75.0 (50.0) | **+25.0 ± {100 * half:.1f}** |" in study.comparison(lines, "fresh", ["BuPO"])
 
 
 def test_reward_at_equal_cost():
