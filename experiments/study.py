@@ -428,16 +428,15 @@ def draw_effects(lines):
     right.set_xscale("symlog", linthresh=5)
     ticks = (-80, -40, -20, -10, -5, -2, 0, 2, 5)
     right.set_xticks(ticks, [str(tick) for tick in ticks])
-    right.set_xlabel("points, 95 % interval")
-    right.set_title("arm - GRPO, paired")
+    right.set_xlabel("arm - GRPO, paired: points, 95 % interval")
     lines_ = [plt.Line2D([], [], marker="o", linestyle="", color=c) for c in (analyze.BLUE, analyze.ORANGE)]
-    right.legend(lines_, ["area under the curve", "Avg@8 at the end"], loc="lower left")
+    right.legend(lines_, ["area under the curve", "Avg@8 at the end"], ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1))
     return figure
 
 
 def draw_refinement(lines):
-    """InterGRPO alone against GRPO: cosine of the target layer to the top, perplexity of the base's solutions, and what a
-    linear probe reads of the next intermediate result, layer by layer."""
+    """InterGRPO alone against GRPO: cosine of the target layer to the top and perplexity of the base's solutions (mean, least
+    and largest run), and what a linear probe reads of the next intermediate result, layer by layer (95 % interval)."""
     figure, axes = plt.subplots(1, 3, figsize=(analyze.WIDTH, 2.5))
     pairs = pairs_of(lines, "fresh", "s_inter 60", "GRPO", QK)
     for side, name, colour in ((0, "InterGRPO alone", analyze.BLUE), (1, "GRPO", analyze.ORANGE)):
@@ -451,7 +450,7 @@ def draw_refinement(lines):
         gain = 100 * np.array([np.subtract(r["probe"]["20"], r["probe"]["0"]) for r in runs])  # (pairs, L+1)
         half = [analyze.mean_interval(column)[1] or 0 for column in gain.T]
         axes[2].errorbar(np.arange(gain.shape[1]) + (side - 0.5) / 5, gain.mean(0), half, fmt="o", color=colour, capsize=2, elinewidth=0.8)
-    titles = ("cos($H^l$, $H^L$), target layer", "perplexity of base solutions", "linear probe, 20 steps - base (points)")
+    titles = ("cos($H^l$, $H^L$), target layer", "perplexity of base solutions", "probe: 20 steps - base (points)")
     for ax, title in zip(axes, titles):
         ax.set_title(title)
         ax.set_xlabel("step")
