@@ -61,9 +61,9 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
         raise ValueError(f"rewards must be (questions, group) with a group of at least 2, not {tuple(rewards.shape)}")
     over, G = (0, 1) if kind == "reinforce++" else 1, rewards.shape[1]
     mean, std = rewards.mean(over, keepdim=True), rewards.std(over, keepdim=True)
-    scale = G / (G - 1) if kind == "rloo" else 1 / (std + eps)
+    scale = (G - 1) / G if kind == "rloo" else std + eps
     equal = rewards.amax(over, keepdim=True) == rewards.amin(over, keepdim=True)  # not std == 0, which rounding can miss
-    return torch.where(equal, torch.zeros_like(rewards), (rewards - mean) * scale)
+    return torch.where(equal, torch.zeros_like(rewards), (rewards - mean) / scale)
 
 
 def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", normalizer=None):
