@@ -151,7 +151,7 @@ def entropy(logits):
     z = (z - z.amax(-1, keepdim=True)).clamp_(min=-1e4)  # where e^z is 0 and z must not be -inf, for 0 (-inf) is NaN
     e = z.exp()
     total = e.sum(-1)
-    return total.log() - torch.linalg.vecdot(e, z) / total
+    return total.log() - z.mul_(e).sum(-1) / total
 
 
 @torch.no_grad()
