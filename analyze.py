@@ -335,8 +335,7 @@ def matched_entropies(model, tokens, mask, size, chunk):
         for h in (trace.resid_post,) if rows else (trace.resid_pre, trace.resid_post):
             h = minibupo.at_least_float32(h[mask])  # (M, d)
             scale = size / h.square().mean(-1).sqrt()
-            h = (h * scale[:, None]).to(trace.resid_post.dtype)
-            rows.append(torch.cat([minibupo.entropy(model.unembed(part)) for part in h.split(chunk)]))
+            rows.append(minibupo.unembedded_entropy(model, (h * scale[:, None]).to(trace.resid_post.dtype), chunk))
     return torch.stack(rows)
 
 
@@ -645,7 +644,8 @@ def draw_lens(cells: dict, view: str, said: list[str], words, log_vocab: float):
     """A grid of response positions by layers for layer, attention and FFN policy: each cell has the token that the
     policy would choose, coloured by the policy's entropy; in bold where it is the token that follows."""
     L, M = cells["attn_out"]["raw"][0].shape
-    if L > 12:  # deep models: panels below each other, cells for words of a few letters
+    deep = L > 12
+    if deep:  # panels below each other, cells for words of a few letters
         figure, axes = plt.subplots(3, 1, figsize=(0.55 * (L + 1) + 2, 3 * (0.5 + 0.19 * M)), squeeze=False)
         axes = axes[:, 0]
     else:
@@ -663,7 +663,7 @@ def draw_lens(cells: dict, view: str, said: list[str], words, log_vocab: float):
         ax.tick_params(length=0)
         ax.set_title(title)
         ax.set_xlabel("layer")
-    for ax in axes if L > 12 else axes[:1]:
+    for ax in axes if deep else axes[:1]:
         ax.set_yticks(range(M), said, parse_math=False)
         ax.set_ylabel("response token, to be predicted")
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)

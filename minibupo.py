@@ -155,6 +155,12 @@ def entropy(logits):
 
 
 @torch.no_grad()
+def unembedded_entropy(model, h, chunk: int):
+    """Entropy (M,) of softmax(h E_u^T) for vectors h (M, d) of the stream, `chunk` of them unembedded at a time."""
+    return torch.cat([entropy(model.unembed(part)) for part in h.split(chunk)])
+
+
+@torch.no_grad()
 def internal_entropies(model, tokens, mask, *, final_norm=None, chunk=4096):
     """Entropy of every internal policy at every response position, in nats at temperature 1.
 
@@ -169,7 +175,7 @@ def internal_entropies(model, tokens, mask, *, final_norm=None, chunk=4096):
         raise ValueError("there are no response positions to take the entropy of")
 
     def of(h):  # (N, T-1, d) -> (M,)
-        return torch.cat([entropy(model.unembed(part)) for part in h[mask].split(chunk)])
+        return unembedded_entropy(model, h[mask], chunk)
 
     rows = {name: [] for name in ("layer", "layer_normed", "attn_in", "attn", "mlp_in", "mlp")}
     for l, trace in enumerate(model.trace(tokens[:, :-1]), 1):

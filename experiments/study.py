@@ -21,8 +21,8 @@ Results are in experiments/results/study.jsonl, runs under a setting, an arm, a 
 
     log     by step: reward, policy_entropy, length, KL of the base from pi_theta on the base's own solutions (nats a
             token), cpu seconds, whether in phase 1
-    inside  at the start and every fifth step: cos(H^l, H^L) of all l, dH_Layer, entropy of the target layer, perplexity of the base's
-            own solutions
+    inside  at the start and every fifth step: cos(H^l, H^L) of all l, dH_Layer, entropy of the target layer, perplexity
+            of the base's own solutions
     held    every tenth step: Avg@8 at n = 5 on 64 held-out problems
     probe   at steps 0, 20 and the last: share of next intermediate results that a linear probe reads from H^0..H^L
     final   train_toy.evaluate on 256 problems a tier;  pass64: Pass@8..64 on 32 problems a tier with 64 samples each
@@ -113,6 +113,7 @@ def plan() -> list[tuple]:
 
 
 def base_path(out: Path, base: int) -> Path:
+    """Where the base model of a seed is."""
     return out / f"base{base}" / "base.pt"
 
 
@@ -146,11 +147,16 @@ def probe_accuracy(model, n: int) -> list[float]:
     return right
 
 
-def look(model, text, target: Policy) -> dict:
-    """What is kept of a look at the internal policies."""
-    found = toy.look_inside(model, *text)
+def kept(found: dict, target: Policy) -> dict:
+    """What is kept of a look at the internal policies, as toy.look_inside gives it."""
     return {"cos": found["cos_final"], "d_layer": found["d_layer"][target.layer - 1], "perplexity": found["perplexity"],
             "entropy": found["layer"][target.layer]}  # fmt: skip
+
+
+@torch.no_grad()
+def full_policy(model, tokens, mask):
+    """log pi_theta over the vocabulary (M, V) at the response positions of a text."""
+    return minibupo.policy_logits(model, tokens[:, :-1], FULL, mask).log_softmax(-1)
 
 
 def run(setting: str, arm_name: str, base: int, seed: int, out: Path, quick: bool = False) -> dict:
@@ -162,30 +168,27 @@ def run(setting: str, arm_name: str, base: int, seed: int, out: Path, quick: boo
                      advantage=arm.advantage, **SETTINGS[setting] | (dict(questions=8, steps=6) if quick else {}))  # fmt: skip
     model = toy.load_model(base_path(out, base), CPU, s.model_config().context_length)
     text = toy.make_probe(model, s, CPU)
-    with torch.no_grad():
-        base_logp = minibupo.policy_logits(model, text[0][:, :-1], FULL, text[1]).log_softmax(-1)
-    ruled = minibupo.target_layer(toy.look_inside(model, *text)["d_mlp"])
+    base_logp, at_base = full_policy(model, *text), toy.look_inside(model, *text)
+    ruled = minibupo.target_layer(at_base["d_mlp"])
     layers = {RULE: ruled, "below": max(1, ruled - 1)}
     phases = [(Policy(min(layers.get(layer, layer), s.n_layer), site) if layer else FULL, steps) for layer, site, steps in arm.phases]
     target = phases[-1][0] if phases and phases[-1][0] != FULL else Policy(ruled)
     optimizer = toy.adamw(model, s.lr, s.weight_decay)
-    log, inside, held, probe = [], {0: look(model, text, target)}, {}, {0: probe_accuracy(model, s.n)}
+    log, inside, held, probe = [], {0: kept(at_base, target)}, {}, {0: probe_accuracy(model, s.n)}
     done = 0  # steps of the phase under way
     for step in range(1, s.steps + 1):
         policy = phases[0][0] if phases else FULL
         cpu = time.process_time()
         record = toy.rl_step(s, model, optimizer, policy, target, step, CPU)
         cpu = time.process_time() - cpu
-        with torch.no_grad():
-            logp = minibupo.policy_logits(model, text[0][:, :-1], FULL, text[1]).log_softmax(-1)
-            kl = float((base_logp.exp() * (base_logp - logp)).sum(-1).mean())
+        kl = float((base_logp.exp() * (base_logp - full_policy(model, *text))).sum(-1).mean())
         log.append([record["reward"], record["policy_entropy"], record["length"], kl, cpu, policy != FULL])
         done += 1
         if phases and (done == phases[0][1] or (arm.until_kl is not None and kl > arm.until_kl)):
             phases, done = phases[1:], 0
             optimizer.state.clear()
         if step % 5 == 0:
-            inside[step] = look(model, text, target)
+            inside[step] = kept(toy.look_inside(model, *text), target)
         if step % 10 == 0:
             held[step] = toy.evaluate(model, s, [s.n], 64, CPU)[0][str(s.n)]["avg@8"]
         if step in (20, s.steps):
