@@ -144,20 +144,29 @@ def at_least_float32(x):
 
 
 def entropy(logits):
-    """Eq. 8: H(pi) = -sum_j pi_j log pi_j of pi = softmax(logits), in nats: (..., V) -> (...). 0 log 0 is 0.
-    Computed as log(sum_j e^z_j) - sum_j pi_j z_j with z = logits - max: one exponential a logit and no logarithm, and over
-    a large vocabulary a hundred times more exact than the sum of pi log pi."""
-    z = at_least_float32(logits)
-    z = (z - z.amax(-1, keepdim=True)).clamp_(min=-1e4)  # where e^z is 0 and z must not be -inf, for 0 (-inf) is NaN
-    e = z.exp()
+    """Eq. 8: H(pi) = -sum_j pi_j log pi_j of pi = softmax(logits), in nats: (..., V) -> (...). 0 log 0 is 0."""
+    wide = at_least_float32(logits)
+    return entropy_below_max(wide - wide.amax(-1, keepdim=True))
+
+
+def entropy_below_max(z):
+    """The same for z = logits - max, which is overwritten: log(sum_j e^z_j) - sum_j pi_j z_j takes one exponential a logit
+    and no logarithm, and over a large vocabulary is a hundred times more exact than the sum of pi log pi. Below -87, of no
+    weight anyway, e^z would be denormal in float32, which is several times slower, and 0 (-inf) would be NaN."""
+    e = z.clamp_(min=-87).exp()
     total = e.sum(-1)
     return total.log() - z.mul_(e).sum(-1) / total
 
 
 @torch.no_grad()
 def unembedded_entropy(model, h, chunk: int):
-    """Entropy (M,) of softmax(h E_u^T) for vectors h (M, d) of the stream, `chunk` of them unembedded at a time."""
-    return torch.cat([entropy(model.unembed(part)) for part in h.split(chunk)])
+    """Entropy (M,) of softmax(h E_u^T) for vectors h (M, d) of the stream, `chunk` of them unembedded at a time. Their
+    logits are overwritten, so that no more than two tensors (chunk, V) of float32 are held."""
+    rows = []
+    for part in h.split(chunk):
+        logits = at_least_float32(model.unembed(part))
+        rows.append(entropy_below_max(logits.sub_(logits.amax(-1, keepdim=True))))
+    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -168,7 +177,7 @@ def internal_entropies(model, tokens, mask, *, final_norm=None, chunk=4096):
     "layer" (L+1, M) of H^0..H^L, "attn" and "mlp" (L, M) of A^l and F^l, "attn_in" and "mlp_in" (L, M) of the normed
     stream that these modules read. With `final_norm` (the model's LN_f) also "layer_normed" (L+1, M), the logit lens
     softmax(LN_f(H^l) E_u^T), whose last row is pi_theta's own entropy. Positions are unembedded `chunk` at a time and
-    layers come one by one, so that the logits held at once, three times (chunk, V), grow with neither. Raises ValueError
+    layers come one by one, so that the numbers held at once, 2 x chunk x V, grow with neither. Raises ValueError
     for a mask without positions.
     """
     if not mask.any():
@@ -267,7 +276,7 @@ class Rollouts(NamedTuple):
 
 
 def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, advantage="grpo", clip=0.2,
-           average="token", temperature=1.0, max_grad_norm=1.0, chunk=None, generator=None):  # fmt: skip
+           average="token", temperature=1.0, max_grad_norm=1.0, chunk=64, generator=None):  # fmt: skip
     """Improve `policy` on one batch of rollouts, one optimizer step for each of `minibatches` sets of questions.
 
     Gradient flow (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u and layers k <= l; for k > l and LN_f it does
@@ -276,9 +285,9 @@ def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, 
     rollouts.logprobs, so the first mini-batch has ratio 1 everywhere. `advantage` is a kind of group_advantages.
 
     Rows with advantage 0 have no gradient and are not computed; they still count in the average. A mini-batch of such
-    rows alone is no evidence for any change and makes no optimizer step. `chunk` rows at a time go through the model
-    (None: all of a mini-batch), with the same gradient: less memory, and less padding. Questions are shuffled with
-    `generator`.
+    rows alone is no evidence for any change and makes no optimizer step. The others go through the model `chunk` at a
+    time (None: all of a mini-batch), sorted by length, with the same gradient but less padding and memory. Questions
+    are shuffled with `generator`.
 
     Returns {"clip_fraction": of all response tokens, "grad_norm": before clipping to max_grad_norm, averaged over
     the optimizer steps (0 if there were none), "optimizer_steps"}. Raises ValueError for more mini-batches than
@@ -297,8 +306,7 @@ def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, 
         rows = rows[advantages[rows] != 0]
         if len(rows) == 0:
             continue
-        if chunk:
-            rows = rows[end[rows].argsort()]  # rows of one length together, so that little of a chunk is padding
+        rows = rows[end[rows].argsort()]  # like lengths together, so that little of a chunk is padding
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for part in rows.split(chunk or len(rows)):

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import minibupo
 import train_toy as toy
@@ -21,19 +19,12 @@ from experiments import bench
 from model import GPT, Generation, GPTConfig
 
 
-def counted(f) -> int:
-    """FLOPs that torch counts; its attention as plain products, since it does not know the CPU's fused kernel."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        f()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("changes", [{}, dict(n_kv_head=4, head_dim=6, d_mlp=20, tied=False)])
 def test_flops_are_those_that_torch_counts(changes):
     model, tokens = tiny(**changes), torch.randint(11, (3, 7))
     forward = bench.forward_flops(model.cfg, positions=3 * 7, pairs=3 * 7 * 7, unembedded=3 * 7)
-    assert counted(lambda: model(tokens).detach()) == forward
-    assert counted(lambda: model(tokens).sum().backward()) == 3 * forward
+    assert bench.counted(lambda: model(tokens).detach()) == forward
+    assert bench.counted(lambda: model(tokens).sum().backward()) == 3 * forward
 
 
 def test_flops_of_an_update_and_of_sampling_row_by_row():
@@ -43,7 +34,7 @@ def test_flops_of_an_update_and_of_sampling_row_by_row():
 
     def forward(T, logits):  # one row of T, its pairs counted as T^2 by torch; the causal ones are fewer
         row, square = torch.zeros(1, T, dtype=torch.long), 4 * model.cfg.n_layer * model.cfg.n_head * model.cfg.head_dim
-        return counted(lambda: model.residual(row, 3)) - square * (T * T - causal(T)) + 2 * logits * model.cfg.d_model * 11
+        return bench.counted(lambda: model.residual(row, 3)) - square * (T * T - causal(T)) + 2 * logits * model.cfg.d_model * 11
 
     update = sum(3 * forward(e - 1, e - p) for p, e in zip(P.tolist(), end.tolist()))
     assert bench.update_flops(model.cfg, sampled) == update
