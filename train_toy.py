@@ -192,7 +192,7 @@ class Settings:
     site: str = option("resid_post", "policy of phase 1: of the layer, its attention or its FFN",
                        choices=("resid_post", "attn_out", "mlp_out"))  # fmt: skip
     s_inter: int = option(5, "steps of phase 1")
-    steps: int = option(80, "steps of RL in all")
+    steps: int = option(60, "steps of RL in all")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(2, "CPU threads; small models gain nothing from many")
@@ -218,7 +218,8 @@ class Settings:
     questions: int = option(64, "questions a step of RL")
     group: int = option(8, "responses to each question")
     minibatches: int = option(4, "optimizer steps a step of RL")
-    lr: float = option(4e-4, "learning rate of RL")
+    lr: float = option(5e-4, "learning rate of RL")
+    lr_steps: int = option(30, "steps of RL at this rate; from there on it falls as 1 / step")
     weight_decay: float = option(0.01, "weight decay of RL")
     clip: float = option(0.2, "the surrogate's epsilon")
     advantage: str = option("grpo", "how rewards become advantages", choices=minibupo.ADVANTAGES)
@@ -230,7 +231,7 @@ class Settings:
 
     eval_problems: int = option(256, "held-out problems a tier, before and after; a quarter on the way")
     eval_samples: int = option(8, "responses to each of them")
-    eval_every: int = option(40, "steps between evaluations on the way")
+    eval_every: int = option(30, "steps between evaluations on the way")
     probe_every: int = option(5, "steps between looks at the internal policies")
     save_every: int = option(10, "steps between checkpoints")
 
@@ -240,7 +241,7 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         lowest = dict(s_inter=0, steps=0, seed=0, threads=1, train_problems=0, n=3, n_layer=2, questions=1, group=2, minibatches=1,
-                      sloppy_from=1, pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
+                      lr_steps=1, sloppy_from=1, pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
                       probe_every=1, save_every=1, chunk=0)  # fmt: skip
         for name, low in lowest.items():
             if getattr(self, name) < low:
@@ -285,7 +286,7 @@ PRESETS = {
     "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.6, sloppy_from=250, pretrain_max_steps=400,
                   questions=32, steps=20, s_inter=3, eval_problems=64),
     "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
-                steps=200, s_inter=15, pretrain_max_steps=5000),
+                steps=200, s_inter=15, lr_steps=100, pretrain_max_steps=5000),
 }  # fmt: skip
 
 
@@ -643,6 +644,8 @@ def train(s: Settings, out: Path, model, target: Policy, optimizer, done: int, p
         policy = minibupo.policy_at(step, s.s_inter, target)  # Eq. 11
         if step == s.s_inter + 1:
             optimizer.state.clear()  # phase 1's moments are of another, larger gradient and would hold phase 2 back
+        for group in optimizer.param_groups:  # smaller steps late, when a handful of mixed groups decides on the gradient
+            group["lr"] = s.lr * min(1.0, s.lr_steps / step)
         record = rl_step(s, model, optimizer, policy, target, step, device)
         metrics.write("step", step=step, **record)
         bar.update()

@@ -68,8 +68,8 @@ def bupo(layer, steps, site="resid_post", **more):
 
 
 SETTINGS = {  # what differs from train_toy's defaults
-    "fresh": dict(questions=32, steps=60, chunk=64),
-    "finite": dict(questions=32, steps=60, chunk=64, train_problems=96),
+    "fresh": dict(questions=32, steps=60, lr=4e-4),
+    "finite": dict(questions=32, steps=60, lr=4e-4, train_problems=96),
 }
 QK, NO_QK = (30, 31, 32), (33, 34, 35)  # seeds of the base models, with QK-norm (as in Qwen3) and without (as in Llama)
 ARMS = {

@@ -56,7 +56,7 @@ def phase_2(choice: str, model, optimizer, target, s: toy.Settings) -> list[dict
 def compare(base: str, seed: int) -> list[dict]:
     """The three choices from one base and one seed: a result line each."""
     torch.set_num_threads(1)
-    s = toy.Settings(seed=seed, n_layer=toy.load_model(base).cfg.n_layer)
+    s = toy.Settings(seed=seed, lr=4e-4, n_layer=toy.load_model(base).cfg.n_layer)
     start = after_phase_1(base, s)
     name = Path(base).parent.name
     return [{"base": name, "seed": seed, "choice": choice, "steps": phase_2(choice, *start, s)} for choice in CHOICES]

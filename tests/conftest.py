@@ -10,7 +10,7 @@ import train_toy as toy  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 TINY = ["--n", "3", "--n_layer", "3", "--d_model", "32", "--pretrain_max_steps", "100", "--pretrain_batch", "32", "--sloppy_from", "60", "--questions", "8",
-        "--minibatches", "2", "--steps", "6", "--s_inter", "3", "--eval_problems", "24", "--eval_samples", "4", "--eval_every", "4",
+        "--minibatches", "2", "--steps", "6", "--s_inter", "3", "--lr_steps", "4", "--eval_problems", "24", "--eval_samples", "4", "--eval_every", "4",
         "--probe_every", "2", "--save_every", "2", "--threads", "1", "--layer", "2", "--device", "cpu"]  # fmt: skip
 
 

@@ -243,6 +243,13 @@ def test_same_seed_same_run_and_another_seed_another(finished, tmp_path):
     assert records(finished, "step")[0] != records(tmp_path / "other", "step")[0]
 
 
+def test_learning_rate_is_constant_and_then_falls_as_1_over_step(finished, tmp_path, monkeypatch):
+    rates, step = [], toy.rl_step
+    monkeypatch.setattr(toy, "rl_step", lambda s, model, optimizer, *a: rates.append(optimizer.param_groups[0]["lr"]) or step(s, model, optimizer, *a))
+    assert run(*TINY, "--base", finished / "base.pt", "--out_dir", tmp_path / "rates") == 0
+    assert rates == pytest.approx([5e-4, 5e-4, 5e-4, 5e-4, 5e-4 * 4 / 5, 5e-4 * 4 / 6])
+
+
 def test_grpo_is_bupo_without_phase_1_and_shares_its_base_and_problems(finished, tmp_path):
     options = [*TINY[: TINY.index("--layer")], "--base", finished / "base.pt"]
     grpo = [a for a in options if a not in ("--s_inter", "3")]
