@@ -678,7 +678,7 @@ def lens_page(title: str, read: list[str], said: list[str], log_vocab: float, by
     def table(entropy, ids, p):  # per layer and position: entropy, then token and probability five times
         tops = [[[vocabulary.setdefault(words(i), len(vocabulary)), round(float(q), 4)] for i, q in zip(*cell)] for cell in
                 zip(ids.reshape(-1, ids.shape[-1]), p.reshape(-1, p.shape[-1]))]  # fmt: skip
-        flat = [[round(float(h), 3), *sum(top, [])] for h, top in zip(entropy.ravel(), tops)]
+        flat = [[round(float(h), 2), *sum(top, [])] for h, top in zip(entropy.ravel(), tops)]
         return [flat[i : i + entropy.shape[1]] for i in range(0, len(flat), entropy.shape[1])]
 
     data = {"title": title, "read": read, "said": said, "logV": log_vocab, "checkpoints": [

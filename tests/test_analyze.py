@@ -190,13 +190,13 @@ def test_table_groups_settings_and_gives_intervals(tmp_path):
     runs.append(make_run(tmp_path / "lr", 0, [evaluation(0, 0.0), evaluation(60, 0.4)], lr=1e-4))
     table = analyze.result_table([analyze.read_run(r) for r in runs]).splitlines()
     rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in table)}
-    assert list(rows) == ["setting", "---", "before RL", "BuPO, lr 0.0004", "GRPO, lr 0.0004", "BuPO, lr 0.0001"]
+    assert list(rows) == ["setting", "---", "before RL", "BuPO, lr 0.0005", "GRPO, lr 0.0005", "BuPO, lr 0.0001"]
     assert rows["setting"] == ["runs", "steps", "n = 3 Avg@8", "n = 3 Pass@8", "n = 4 Avg@8", "n = 4 Pass@8"]
     assert rows["before RL"][:2] == ["3", "0"]  # arms that share a base count it once
     values = 100 * np.array([0.53, 0.63, 0.83])
     half = 4.3026527 * values.std(ddof=1) / np.sqrt(3)
-    assert rows["BuPO, lr 0.0004"][:3] == ["3", "60", f"{values.mean():.1f} ± {half:.1f}"]
-    assert rows["GRPO, lr 0.0004"][:2] == ["2", "40..60"]
+    assert rows["BuPO, lr 0.0005"][:3] == ["3", "60", f"{values.mean():.1f} ± {half:.1f}"]
+    assert rows["GRPO, lr 0.0005"][:2] == ["2", "40..60"]
     assert rows["BuPO, lr 0.0001"] == ["1", "60", "43.0", "90.0", "44.0", "90.0"]
 
 

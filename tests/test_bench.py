@@ -76,6 +76,16 @@ def test_exponents_and_peak_memory():
     assert bench.peak_memory(call) == 12_000
 
 
+def test_internal_entropies_hold_two_tensors_of_chunk_by_vocabulary():
+    model, mask = tiny(vocab_size=5000), torch.ones(2, 23, dtype=torch.bool)
+    tokens = torch.randint(5000, (2, 24))
+
+    def peak(chunk):
+        return bench.peak_memory(lambda: minibupo.internal_entropies(model, tokens, mask, chunk=chunk))
+
+    assert peak(23) - peak(5) == pytest.approx(2 * (23 - 5) * 5000 * 4, rel=0.05)
+
+
 def test_entropies_by_hooks_keep_everything():
     model, kept = tiny(), {}
     with bench.hooks_that_keep(model, kept):

@@ -146,6 +146,12 @@ def test_entropy_closed_forms():
     torch.testing.assert_close(values, torch.tensor(expected), rtol=0, atol=1e-6)
 
 
+def test_entropy_of_logits_as_large_as_real_models_have():
+    z = torch.randn(20, 500) * 80  # most of e^z is 0 or denormal in float32
+    log_pi = z.double().log_softmax(-1)
+    torch.testing.assert_close(bupo.entropy(z).double(), -(log_pi.exp() * log_pi).sum(-1), rtol=1e-4, atol=1e-5)
+
+
 def test_entropy_against_torch_categorical_and_bfloat16_is_widened():
     z = torch.randn(50, 11, dtype=torch.float64) * 4
     torch.testing.assert_close(bupo.entropy(z), torch.distributions.Categorical(logits=z).entropy())
