@@ -1,6 +1,6 @@
 """How fast is it? Against TRL, against the machine, against itself at other sizes.
 
-    python experiments/bench.py                      # all sections but `run`; writes experiments/results/bench.json
+    python experiments/bench.py                      # all sections but `run`; writes experiments/results/bench.json and .md
     python experiments/bench.py limit phase1         # these alone; what the file has of the others stays
     python experiments/bench.py run --base FILE      # a whole training run beside TRL's, from a base.pt
     python experiments/bench.py --quick              # tiny sizes, in seconds: that it runs, not how fast; writes nothing
@@ -120,6 +120,11 @@ def table(rows: list[dict]) -> str:
     """A Markdown table of dicts with the same keys."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([show(v) for v in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def section(result: dict) -> str:
+    """A section's table, and what it was measured on."""
+    return table(result["rows"]) + "\n\n" + ", ".join(f"{k} {v}" for k, v in result["machine"].items())
 
 
 # ---- the models and what they are made to do -------------------------------------------------------------------
@@ -513,11 +518,13 @@ def main(argv=None) -> int:
         rows = SECTIONS[name](o)
         if not rows:
             continue
-        print(table(rows) + f"\n\n{time.perf_counter() - started:.0f} s; {', '.join(f'{k} {v}' for k, v in machine().items())}", flush=True)
         results[name] = {"machine": machine(), "rows": rows}
+        print(section(results[name]) + f"\n\n{time.perf_counter() - started:.0f} s", flush=True)
         if path:
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            tables = "\n\n".join(f"## {name}\n\n{section(results[name])}" for name in SECTIONS if name in results)
+            path.with_suffix(".md").write_text(f"# Tables of bench.py\n\n{tables}\n", encoding="utf-8")
     return 0
 
 
