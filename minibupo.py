@@ -1,100 +1,63 @@
-"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673) in one file, in the order of the paper's equations.
+"""Bottom-up Policy Optimization (BuPO, arXiv 2512.19673): the whole method in one file.
 
-A language model adds up its residual stream H^0, H^1, ..., H^L layer by layer, and any of its vectors can be
-unembedded: softmax(H^l E_u^T) is a policy, the internal policy of layer l. BuPO runs GRPO on such an internal policy
-for the first s_inter steps (phase 1, "InterGRPO"), then on the whole model (phase 2).
+A language model adds up its residual stream layer by layer: H^0, H^1, ..., H^L. Any of them can be
+unembedded, softmax(H^l E_u^T). That is a policy, the internal policy of layer l. BuPO trains such a
+policy with GRPO for s_inter steps (phase 1, "InterGRPO"), then the whole model (phase 2, GRPO).
 
-    1  GRPO's two pieces                        Eq. 4       group_advantages, surrogate
-    2  internal layer and modular policies      Eq. 5-7     Policy, FULL, policy_logits
-    3  entropy and its change                   Eq. 8, 9    entropy, internal_entropies
-    4  InterGRPO and BuPO                       Eq. 10, 11  token_logprobs, policy_loss, policy_at
-    5  entropy change of modules, target layer  Eq. 13, 14  entropy_changes, target_layer
-    6  one step of training, who learns in it   Eq. 15, 16  update
-    7  measures                                             avg_at_k, pass_at_k, residual_cosines, residual_rms
+    1  internal policies             Eq. 5-7        Policy, policy_logits, token_logprobs
+    2  entropy, and where to start   Eq. 8, 9, 14   entropy, target_layer
+    3  GRPO's two pieces             Eq. 4          group_advantages, surrogate
+    4  InterGRPO                     Eq. 10         policy_loss
+    5  BuPO                          Eq. 11, 15     Algorithm 1: bupo; one step of it: update
+    6  measures                      Eq. 8-14       look_inside, pass_at_k
 
-It works with any model that has the four calls which model.py's docstring names, and knows nothing of any task.
-Left out on purpose: a KL term, an entropy bonus, and the official scripts' dual clip (a cap on the loss at
-r > 10 for A < 0); the paper's objective has none of them.
+Left out on purpose: a KL term and an entropy bonus (the paper has neither), and the official
+scripts' dual clip (a cap on the loss at ratio > 10 for negative advantages).
 
-Shapes: Q questions, G responses to each, N = Q G rows (the G responses of a question next to each other), T tokens of
-prompt and response, V vocabulary, L layers, M response positions of a whole batch. Row i holds its prompt in
-tokens[i, :prompt_len[i]] and its response, EOS included, in tokens[i, prompt_len[i]:end[i]]; what follows is padding
-of any value. Logits at position t are about token t + 1, so all that is *per token* has T - 1 columns.
+All that this file and analyze.py use of a model (model.GPT has it, and hf/adapter.py):
+
+    model(tokens)                  logits (B, T, V) of pi_theta: unembed(final_norm(H^L))
+    model.residual(tokens, layer)  H^layer (B, T, d) from `layer` blocks; H^0 is the embedding
+    model.trace(tokens)            for each layer all that it reads and writes, each (B, T, d):
+                                   resid_pre attn_in attn_out resid_mid mlp_in mlp_out resid_post
+    model.unembed(h)               h E_u^T, without the final norm; model.final_norm(h) is that norm
+    model.n_layer, model.vocab_size, model.device, model.parameters()
+    model.generate(prompt, max_new_tokens, ...)    samples: tokens, prompt_len, end as in Rollouts
+    model.truncated(layer)         the internal policy of a layer as a model of its own
+
+Shapes: Q questions, G responses to each, N = Q G rows (responses to one question are neighbours),
+T tokens, V vocabulary, d width, L layers, M response positions of a whole batch. Logits at position
+t are about token t + 1, so what is per token has T - 1 columns.
 """
 
+from collections import defaultdict
 from itertools import islice
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
 def response_mask(prompt_len, end, T: int):
-    """The response positions (N, T-1), bool: column t is one if tokens[:, t+1] is a token of the response, so the
-    first is the prompt's last token and the last is the one that EOS is predicted from. Told by the lengths
-    prompt_len, end (N,) alone, never by a token's value. Log-probabilities, losses, entropies and cosines all use it."""
+    """Which positions predict a token of the response: (N, T-1) bool, from prompt_len, end (N,).
+
+    Column t is about token t + 1. Losses, log-probabilities and entropies are taken where True. The
+    row "7+5=2<eos>", padded to T = 8, has prompt_len 4 and end 6:
+
+        t              0      1      2      3      4      5      6      7
+        token          7      +      5      =      2    <eos>  <pad>  <pad>
+        is to predict  +      5      =      2    <eos>  <pad>  <pad>
+        mask         False  False  False  True   True   False  False
+    """
     t = torch.arange(T - 1, device=end.device)
     return (t >= prompt_len[:, None] - 1) & (t < end[:, None] - 1)
 
 
-# ---- 1. GRPO's two pieces (Eq. 4) ------------------------------------------------------------------------------
-
-
-ADVANTAGES = ("grpo", "rloo", "reinforce++")
-
-
-def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
-    """The advantage A_i of each response, from rewards (Q, G), of the same shape:
-
-        "grpo"          (R_i - mean(R)) / (std(R) + eps)    within each group; as in the official code std is the unbiased
-                                                            one and eps 1e-6: [1, 0, 0, 0] gives [1.5, -0.5, -0.5, -0.5]
-        "rloo"          R_i - mean of the group's others    leave one out (Ahmadian et al. 2024): [1, -1/3, -1/3, -1/3]
-        "reinforce++"   (R_i - mean(R)) / (std(R) + eps)    over the whole batch, groups ignored (Hu 2025)
-
-    Where all rewards that are compared are equal the advantage is exactly 0. Raises ValueError for another kind, and
-    unless rewards is a (Q, G) matrix with G >= 2.
-    """
-    if kind not in ADVANTAGES:
-        raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (questions, group) with a group of at least 2, not {tuple(rewards.shape)}")
-    over, G = (0, 1) if kind == "reinforce++" else 1, rewards.shape[1]
-    mean, std = rewards.mean(over, keepdim=True), rewards.std(over, keepdim=True)
-    scale = (G - 1) / G if kind == "rloo" else std + eps
-    equal = rewards.amax(over, keepdim=True) == rewards.amin(over, keepdim=True)  # not std == 0, which rounding can miss
-    return torch.where(equal, torch.zeros_like(rewards), (rewards - mean) / scale)
-
-
-def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", normalizer=None):
-    """The clipped surrogate of Eq. 4 as a loss to minimise, and the number of tokens that the clip cut off.
-
-    logp, old_logp, mask (N, T-1); advantages (N,). With r = exp(logp - old_logp) a token's objective is
-    min(r A, clip(r, 1 - clip, 1 + clip) A), and the loss is minus its average,
-
-        average="token"     (1 / sum_i |o_i|) sum_i sum_t,     all tokens alike: the official scripts, our default
-        average="sequence"  (1 / N) sum_i (1 / |o_i|) sum_t,   all responses alike: Eq. 4 as printed
-
-    `normalizer` stands in for sum_i |o_i| (or N) where the rows are a part of a larger mini-batch. A token is cut off
-    where the clip takes its gradient away: A > 0 and r > 1 + clip, or A < 0 and r < 1 - clip.
-    """
-    A = advantages[:, None]
-    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
-    objective = torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
-    if average == "token":
-        total = (objective * mask).sum() / (mask.sum() if normalizer is None else normalizer)
-    elif average == "sequence":
-        per_row = (objective * mask).sum(1) / mask.sum(1).clamp(min=1)
-        total = per_row.sum() / (len(mask) if normalizer is None else normalizer)
-    else:
-        raise ValueError(f"average must be 'token' or 'sequence', not {average!r}")
-    cut_off = mask & torch.where(A > 0, ratio > 1 + clip, (A < 0) & (ratio < 1 - clip))
-    return -total, cut_off.sum()
-
-
-# ---- 2. Internal policies (Eq. 5, 6, 7) ------------------------------------------------------------------------
-# Eq. 5: the stream is a sum, H^l = H^0 + sum_{i<=l} A^i + sum_{j<=l} F^j, and each of its terms lives in the space
-# that E_u reads. So each partial sum and each term gives a distribution over the vocabulary.
+# ---- 1. Internal policies (Eq. 5, 6, 7) --------------------------------------------------------
+# Eq. 5: the stream is a sum, H^l = H^0 + A^1 + F^1 + ... + A^l + F^l, of what attention (A) and FFN
+# (F) of each layer write. All its terms live in the space that E_u reads. So each partial sum and
+# each term gives a distribution over the vocabulary.
 
 
 class Policy(NamedTuple):
@@ -111,272 +74,362 @@ class Policy(NamedTuple):
 
 
 FULL = Policy()  # pi_theta
+SITES = ("resid_post", "attn_out", "mlp_out")
 
 
-def policy_logits(model, tokens, policy=FULL, mask=None):
-    """Logits (B, T, V) of a policy at each position of tokens (B, T), or (M, V) at the positions of mask (B, T).
+def policy_logits(model, tokens, policy=FULL, at=None):
+    """Logits (B, T, V) of a policy for tokens (B, T), or (M, V) at the M positions `at`.
 
-    Internal policies are unembedded *without* the final norm: this is what sets Eq. 6 apart from the logit lens,
-    softmax(LN_f(H^l) E_u^T). Layers above policy.layer are not computed, so they cannot get a gradient either.
-    Raises ValueError for a layer or site that the model does not have.
+    `at` counts through tokens.flatten(). Internal policies are unembedded *without* the final norm,
+    unlike the logit lens, softmax(LN_f(H^l) E_u^T). Layers above policy.layer are not computed, so
+    they cannot get a gradient. Raises ValueError for a layer or site that the model does not have.
     """
-    if policy.layer is None:
+    layer, site = policy
+    if site not in SITES:
+        raise ValueError(f"site must be one of {', '.join(SITES)}, not {site!r}")
+    if layer is None:
         logits = model(tokens)
-        return logits if mask is None else logits[mask]
-    if policy.site == "resid_post":
-        h = model.residual(tokens, policy.layer)
-    elif policy.site in ("attn_out", "mlp_out"):
-        trace = next(islice(model.trace(tokens), policy.layer - 1, None), None) if policy.layer >= 1 else None
-        if trace is None:
-            raise ValueError(f"layer {policy.layer} has no {policy.site}: the model's layers count from 1")
-        h = getattr(trace, policy.site)
+        return logits if at is None else logits.flatten(0, 1)[at]
+    if site == "resid_post":
+        h = model.residual(tokens, layer)  # H^l
+    elif not 1 <= layer <= model.n_layer:
+        raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
     else:
-        raise ValueError(f"site must be resid_post, attn_out or mlp_out, not {policy.site!r}")
-    return model.unembed(h if mask is None else h[mask])
-
-
-# ---- 3. Entropy and its change (Eq. 8, 9) ----------------------------------------------------------------------
-
-
-def at_least_float32(x):
-    """x itself, or in float32 if its type is narrower: a softmax over bfloat16 logits is too coarse."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def entropy(logits):
-    """Eq. 8: H(pi) = -sum_j pi_j log pi_j of pi = softmax(logits), in nats: (..., V) -> (...). 0 log 0 is 0."""
-    wide = at_least_float32(logits)
-    return entropy_below_max(wide - wide.amax(-1, keepdim=True))
-
-
-def entropy_below_max(z):
-    """The same for z = logits - max, which is overwritten: log(sum_j e^z_j) - sum_j pi_j z_j takes one exponential a logit
-    and no logarithm, and over a large vocabulary is a hundred times more exact than the sum of pi log pi. Below -87, of no
-    weight anyway, e^z would be denormal in float32, which is several times slower, and 0 (-inf) would be NaN."""
-    e = z.clamp_(min=-87).exp()
-    total = e.sum(-1)
-    return total.log() - z.mul_(e).sum(-1) / total
-
-
-@torch.no_grad()
-def unembedded_entropy(model, h, chunk: int):
-    """Entropy (M,) of softmax(h E_u^T) for vectors h (M, d) of the stream, `chunk` of them unembedded at a time. Their
-    logits are overwritten, so that no more than two tensors (chunk, V) of float32 are held."""
-    rows = []
-    for part in h.split(chunk):
-        logits = at_least_float32(model.unembed(part))
-        rows.append(entropy_below_max(logits.sub_(logits.amax(-1, keepdim=True))))
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def internal_entropies(model, tokens, mask, *, final_norm=None, chunk=4096):
-    """Entropy of every internal policy at every response position, in nats at temperature 1.
-
-    tokens (N, T), mask (N, T-1) from response_mask. Returns a dict of float32 tensors over the M positions of mask:
-    "layer" (L+1, M) of H^0..H^L, "attn" and "mlp" (L, M) of A^l and F^l, "attn_in" and "mlp_in" (L, M) of the normed
-    stream that these modules read. With `final_norm` (the model's LN_f) also "layer_normed" (L+1, M), the logit lens
-    softmax(LN_f(H^l) E_u^T), whose last row is pi_theta's own entropy. Positions are unembedded `chunk` at a time and
-    layers come one by one, so that the numbers held at once, 2 x chunk x V, grow with neither. Raises ValueError
-    for a mask without positions.
-    """
-    if not mask.any():
-        raise ValueError("there are no response positions to take the entropy of")
-
-    def of(h):  # (N, T-1, d) -> (M,)
-        return unembedded_entropy(model, h[mask], chunk)
-
-    rows = {name: [] for name in ("layer", "layer_normed", "attn_in", "attn", "mlp_in", "mlp")}
-    for l, trace in enumerate(model.trace(tokens[:, :-1]), 1):
-        for h in (trace.resid_pre, trace.resid_post) if l == 1 else (trace.resid_post,):
-            rows["layer"].append(of(h))
-            if final_norm is not None:
-                rows["layer_normed"].append(of(final_norm(h)))
-        rows["attn_in"].append(of(trace.attn_in))
-        rows["attn"].append(of(trace.attn_out))
-        rows["mlp_in"].append(of(trace.mlp_in))
-        rows["mlp"].append(of(trace.mlp_out))
-    return {name: torch.stack(values) for name, values in rows.items() if values}
-
-
-# ---- 4. InterGRPO and BuPO (Eq. 10, 11) ------------------------------------------------------------------------
+        h = getattr(next(islice(model.trace(tokens), layer - 1, None)), site)  # A^l or F^l
+    return model.unembed(h if at is None else h.flatten(0, 1)[at])
 
 
 def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
-    """log pi(tokens[:, t+1] | tokens[:, :t+1]) under a policy: (N, T-1), 0 outside mask (N, T-1).
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]) of a policy: (N, T-1), 0 outside mask (N, T-1).
 
-    Logits are divided by the temperature that the tokens were sampled at, for internal policies as for pi_theta.
+    Logits, also those of internal policies, are divided by the temperature of the sampling.
     """
-    logits = at_least_float32(policy_logits(model, tokens[:, :-1], policy, mask)) / temperature  # (M, V)
-    logp = F.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:][mask][:, None])[:, 0]
-    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+    at = mask.flatten().nonzero()[:, 0]  # (M,)
+    logits = (
+        at_least_float32(policy_logits(model, tokens[:, :-1], policy, at)) / temperature
+    )  # (M, V)
+    chosen = tokens[:, 1:].flatten()[at]  # (M,)
+    logp = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]  # (M,)
+    return logp.new_zeros(mask.numel()).index_copy(0, at, logp).view(mask.shape)
 
 
-def policy_loss(model, tokens, old_logp, advantages, mask, policy=FULL, *, temperature=1.0, **options):
-    """GRPO (Eq. 4) for the FULL policy, InterGRPO (Eq. 10) for an internal policy: one loss, only the policy differs.
-
-    In Eq. 10 numerator *and* denominator of the ratio are the internal policy's, so old_logp (N, T-1) are its
-    log-probabilities of the sampled tokens at sampling time. The samples come from pi_theta all the same: phase 1 is
-    off-policy for pi_Layer^l, and the ratio corrects only for the internal policy's own drift since then.
-    Returns loss and number of tokens cut off; `options` are surrogate's.
-    """
-    return surrogate(token_logprobs(model, tokens, mask, policy, temperature), old_logp, advantages, mask, **options)
+def at_least_float32(x):
+    """x itself, or in float32 if its type is narrower: a softmax in bfloat16 is too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def policy_at(step: int, s_inter: int, target: Policy) -> Policy:
-    """Eq. 11: the policy that step 1, 2, ... optimises: `target` up to and including step s_inter, then pi_theta.
-    A function of the step alone; s_inter = 0 is GRPO. Raises ValueError for a step below 1 or a negative s_inter."""
-    if step < 1 or s_inter < 0:
-        raise ValueError(f"steps count from 1 and s_inter from 0, not {step} and {s_inter}")
-    return target if step <= s_inter else FULL
+# ---- 2. Entropy, and the layer to start from (Eq. 8, 9, 14) ------------------------------------
 
 
-# ---- 5. Entropy change of the modules, and the target layer (Eq. 9, 13, 14) ------------------------------------
-
-
-def entropy_changes(entropies):
-    """Eq. 9, dH = H(output) - H(input), from what internal_entropies returned; each (L, M):
-
-    "d_attn"   H(A^l) - H(LN(H^(2l-2)))  Eq. 13, a module's input being the *normed* stream that it reads
-    "d_mlp"    H(F^l) - H(LN(H^(2l-1)))  Eq. 14
-    "d_layer"  H(H^l) - H(H^{l-1})       raw on both sides
-
-    dH > 0 is read as exploration, about 0 as integration, dH < 0 as convergence.
-    """
-    return {
-        "d_attn": entropies["attn"] - entropies["attn_in"],
-        "d_mlp": entropies["mlp"] - entropies["mlp_in"],
-        "d_layer": entropies["layer"][1:] - entropies["layer"][:-1],
-    }
+def entropy(logits):
+    """Eq. 8: -sum_j pi_j log pi_j of pi = softmax(logits), in nats: (..., V) -> (...)."""
+    # e^-87 weighs nothing. Below it float32 gets slow, and 0 log 0 (of a logit -inf) would be NaN.
+    log_pi = at_least_float32(logits).log_softmax(-1).clamp(min=-87)
+    return -(log_pi.exp() * log_pi).sum(-1)
 
 
 def target_layer(d_mlp) -> int:
-    """The layer to optimise in phase 1: the last l in 1..L-1 with dH_FFN^l > 0, the end of the exploration region.
+    """The layer that phase 1 optimises: the last l below the top whose FFN widens, dH_FFN^l > 0.
 
-    d_mlp holds the means of dH_FFN^1..dH_FFN^L. The top layer is never chosen. Where no layer below it explores the
-    paper gives no rule; layer 1 is returned, which is where an empty region would end. Raises ValueError for L < 2.
+    d_mlp: the means of dH_FFN^1..dH_FFN^L over response positions (Eq. 14), "d_mlp" of look_inside.
+    There the region of exploration ends. Raises ValueError where no FFN below the top widens: for
+    that case the paper has no rule.
     """
-    d_mlp = [float(d) for d in d_mlp]
-    if len(d_mlp) < 2:
-        raise ValueError(f"an internal policy below the top layer needs at least 2 layers, not {len(d_mlp)}")
-    return max((l for l, d in enumerate(d_mlp[:-1], 1) if d > 0), default=1)
+    widening = [l for l, d in enumerate(d_mlp[:-1], 1) if d > 0]
+    if not widening:
+        values = " ".join(f"{float(d):.2f}" for d in d_mlp)
+        raise ValueError(f"the rule names no layer, for no FFN below the top has dH > 0: {values}")
+    return widening[-1]
 
 
-# ---- 6. One step of training (Algorithm 1), and who learns in it (Eq. 15, 16) ----------------------------------
+# ---- 3. GRPO's two pieces (Eq. 4) --------------------------------------------------------------
+
+ADVANTAGES = ("grpo", "rloo", "reinforce++")
+
+
+def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
+    """The advantage of each response over others, from rewards (Q, G); the same shape.
+
+    "grpo"         (R - mean) / (std + eps) of its group. As in the official code std is unbiased
+                   and eps 1e-6: [1, 0, 0, 0] gives [1.5, -0.5, -0.5, -0.5]
+    "rloo"         R - mean of the others in its group (Ahmadian et al. 2024): [1, -1/3, -1/3, -1/3]
+    "reinforce++"  (R - mean) / (std + eps) of the whole batch, whatever the group (Hu 2025)
+
+    Exactly 0 where all rewards that are compared are equal. Raises ValueError for another kind, and
+    for rewards that are no (Q, G) matrix with G >= 2.
+    """
+    if kind not in ADVANTAGES:
+        raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (questions, 2 or more), not {tuple(rewards.shape)}")
+    rewards = at_least_float32(rewards)
+    over, G = (0, 1) if kind == "reinforce++" else 1, rewards.shape[1]
+    centred = rewards - rewards.mean(over, keepdim=True)
+    scale = (G - 1) / G if kind == "rloo" else rewards.std(over, keepdim=True) + eps
+    # not "std == 0", which rounding can miss
+    equal = rewards.amax(over, keepdim=True) == rewards.amin(over, keepdim=True)
+    return torch.where(equal, 0.0, centred / scale)
+
+
+def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", normalizer=None):
+    """The clipped surrogate of Eq. 4 as a loss to minimise, and how many tokens the clip cut off.
+
+    logp, old_logp, mask (N, T-1); advantages (N,). With ratio = exp(logp - old_logp), a token's
+    objective is min(ratio * advantage, clip(ratio, 1 - clip, 1 + clip) * advantage). The loss is
+    minus its average:
+
+        average="token"     over all tokens of all responses: the official scripts, our default
+        average="sequence"  over the tokens of a response, then over responses: Eq. 4 as printed
+
+    `normalizer` replaces the number of tokens (or responses) where the rows are a part of a larger
+    mini-batch. A token is cut off where the clip takes its gradient away: advantage > 0 and ratio >
+    1 + clip, or advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the
+    official code, or exp could overflow. So advantage < 0 and log-ratio > 20 is cut off as well.
+    """
+    advantages = advantages[:, None]
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    ratio = log_ratio.clamp(-20, 20).exp()
+    objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * mask
+    if average == "token":
+        total = objective.sum() / (mask.sum() if normalizer is None else normalizer)
+    elif average == "sequence":
+        per_row = objective.sum(1) / mask.sum(1).clamp(min=1)
+        total = per_row.sum() / (len(mask) if normalizer is None else normalizer)
+    else:
+        raise ValueError(f"average must be 'token' or 'sequence', not {average!r}")
+    too_high, too_low = ratio > 1 + clip, (ratio < 1 - clip) | (log_ratio > 20)
+    cut_off = torch.where(advantages > 0, too_high, too_low & (advantages < 0)) & mask
+    return -total, cut_off.sum()
+
+
+# ---- 4. InterGRPO (Eq. 10) ---------------------------------------------------------------------
+
+
+def policy_loss(model, tokens, old_logp, advantages, mask, policy=FULL, temperature=1.0, **options):
+    """GRPO (Eq. 4) for FULL, InterGRPO (Eq. 10) for an internal policy: only the policy differs.
+
+    In Eq. 10 numerator *and* denominator of the ratio are the internal policy's: old_logp (N, T-1)
+    has its log-probabilities from before the batch's first update. The samples come from pi_theta
+    all the same. So phase 1 is off-policy for pi_Layer^l, and the ratio corrects only for the drift
+    of the internal policy since then. Returns the loss and how many tokens were cut off; `options`
+    are surrogate's.
+    """
+    logp = token_logprobs(model, tokens, mask, policy, temperature)
+    return surrogate(logp, old_logp, advantages, mask, **options)
+
+
+# ---- 5. BuPO (Eq. 11): Algorithm 1 -------------------------------------------------------------
 
 
 class Rollouts(NamedTuple):
-    """One batch of Q questions with G responses each, sampled from pi_theta; N = Q G rows."""
+    """One batch: Q questions with G responses each, sampled from pi_theta; N = Q G rows.
 
-    tokens: torch.Tensor  # (N, T) prompt, response, padding
+    Row i holds its prompt in tokens[i, :prompt_len[i]], its response with EOS in
+    tokens[i, prompt_len[i]:end[i]], then padding of any value.
+    """
+
+    tokens: torch.Tensor  # (N, T)
     prompt_len: torch.Tensor  # (N,)
-    end: torch.Tensor  # (N,) one past the response's last token
-    logprobs: torch.Tensor  # (N, T-1) of the sampled tokens, under the policy that is to be optimised
+    end: torch.Tensor  # (N,)
     rewards: torch.Tensor  # (Q, G)
 
 
-def update(model, optimizer, rollouts: Rollouts, policy=FULL, *, minibatches=4, advantage="grpo", clip=0.2,
-           average="token", temperature=1.0, max_grad_norm=1.0, chunk=64, generator=None):  # fmt: skip
-    """Improve `policy` on one batch of rollouts, one optimizer step for each of `minibatches` sets of questions.
+def bupo(model, optimizer, sample, target: Policy, s_inter: int, steps: int, *, start=1, **options):
+    """Algorithm 1 as a generator: yields (step, policy, rollouts, log) after each of its steps.
 
-    Gradient flow (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u and layers k <= l; for k > l and LN_f it does
-    not exist. Their .grad stays None, so that neither weight decay nor momentum moves them in phase 1. (With tied
-    embeddings E_u is the input embedding as well.) Tokens' log-probabilities at sampling are taken from
-    rollouts.logprobs, so the first mini-batch has ratio 1 everywhere. `advantage` is a kind of group_advantages.
+        for step, policy, rollouts, log in bupo(model, optimizer, sample, Policy(5), 5, 60):
+            print(step, rollouts.rewards.mean(), log["grad_norm"])
 
-    Rows with advantage 0 have no gradient and are not computed; they still count in the average. A mini-batch of such
-    rows alone is no evidence for any change and makes no optimizer step. The others go through the model `chunk` at a
-    time (None: all of a mini-batch), sorted by length, with the same gradient but less padding and memory. Questions
-    are shuffled with `generator`.
-
-    Returns {"clip_fraction": of all response tokens, "grad_norm": before clipping to max_grad_norm, averaged over
-    the optimizer steps (0 if there were none), "optimizer_steps"}. Raises ValueError for more mini-batches than
-    questions, and FloatingPointError, before the weights change, if a loss or gradient is not finite.
+    sample(step) returns Rollouts of pi_theta as it is now. What you want to do at a step (log it,
+    save the model) you do in your own `for`. s_inter = 0 is GRPO. start > 1 goes on with a run that
+    was stopped. `options` are update's. Raises ValueError for s_inter < 0 or start < 1.
     """
-    tokens, prompt_len, end, old_logp, rewards = rollouts
-    Q, G = rewards.shape
-    if not 1 <= minibatches <= Q:
-        raise ValueError(f"minibatches must be in 1..{Q}, the number of questions, not {minibatches}")
-    advantages = group_advantages(rewards, advantage).flatten()  # (N,)
-    mask = response_mask(prompt_len, end, tokens.shape[1])
+    if s_inter < 0 or start < 1:
+        raise ValueError(
+            f"s_inter must be 0 or more and start 1 or more, not {s_inter} and {start}"
+        )
+    for step in range(start, steps + 1):
+        policy = target if step <= s_inter else FULL  # Eq. 11: phase 1, then phase 2
+        if step == s_inter + 1 > 1:
+            # Ours (the official code keeps them): AdamW's moments start afresh in phase 2. The
+            # gradient of phase 1 is several times larger, and moments that remember it make the
+            # first steps of phase 2 too small.
+            optimizer.state.clear()
+        rollouts = sample(step)  # questions, G responses to each, rewards
+        log = update(model, optimizer, rollouts, policy, **options)
+        yield step, policy, rollouts, log
+
+
+def update(
+    model,
+    optimizer,
+    rollouts: Rollouts,
+    policy=FULL,
+    *,
+    minibatches=4,
+    advantage="grpo",
+    average="token",
+    clip=0.2,
+    temperature=1.0,
+    max_grad_norm=1.0,
+    chunk=64,
+):
+    """Improve a policy on one batch: an optimizer step for each of `minibatches` sets of questions.
+
+    Questions are taken in the order in which they come, so sample them in random order. Where the
+    gradient goes (Eq. 15, 16): that of pi_Layer^l reaches E_u and layers 1..l. For the layers above
+    and LN_f it does not exist: their .grad stays None, and neither weight decay nor momentum moves
+    them in phase 1. (With tied embeddings E_u is the input embedding, too.) A mini-batch without
+    advantages makes no optimizer step: AdamW would move the weights by momentum alone.
+
+    `advantage` is group_advantages' kind; average and clip are surrogate's. `chunk` rows go through
+    the model at a time, with the same gradient for any number. Returns {"clip_fraction": of tokens,
+    "grad_norm": before clipping to max_grad_norm, mean over steps, "optimizer_steps"}. Raises
+    ValueError for more mini-batches than questions, and FloatingPointError, before the optimizer
+    step, if a loss or gradient is not finite.
+    """
+    batches = make_batches(
+        model, rollouts, policy, minibatches, advantage, average, temperature, chunk
+    )
     cut_off, norms = 0, []
-    for questions in torch.randperm(Q, generator=generator).tensor_split(minibatches):
-        rows = (questions[:, None] * G + torch.arange(G)).flatten().to(tokens.device)
-        normalizer = mask[rows].sum() if average == "token" else len(rows)
-        rows = rows[advantages[rows] != 0]
-        if len(rows) == 0:
+    for chunks, normalizer in batches:
+        if not chunks:
             continue
-        rows = rows[end[rows].argsort()]  # like lengths together, so that little of a chunk is padding
         optimizer.zero_grad(set_to_none=True)
-        loss_sum = 0.0
-        for part in rows.split(chunk or len(rows)):
-            T = int(end[part].max())  # no padding beyond the longest row
-            loss, n = policy_loss(model, tokens[part, :T], old_logp[part, : T - 1], advantages[part], mask[part, : T - 1],
-                                  policy, temperature=temperature, clip=clip, average=average, normalizer=normalizer)  # fmt: skip
-            loss.backward()
-            loss_sum, cut_off = loss_sum + loss.detach(), cut_off + n
+        options = {"clip": clip, "average": average, "normalizer": normalizer}
+        loss, n = add_gradient(model, chunks, policy, temperature=temperature, **options)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        if not torch.isfinite(norm + loss_sum):
-            raise FloatingPointError(f"loss {float(loss_sum)} or gradient norm {float(norm)} is not finite")
+        if not torch.isfinite(loss + norm):
+            raise FloatingPointError(f"loss {loss} or gradient norm {norm} is not finite")
         optimizer.step()
-        norms.append(float(norm))
+        cut_off, norms = cut_off + n, [*norms, norm]
     return {
-        "clip_fraction": float(cut_off / mask.sum()),
-        "grad_norm": float(np.mean(norms)) if norms else 0.0,
+        "clip_fraction": float(cut_off / (rollouts.end - rollouts.prompt_len).sum()),
+        "grad_norm": float(torch.stack(norms).mean()) if norms else 0.0,
         "optimizer_steps": len(norms),
     }
 
 
-# ---- 7. Measures -----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def make_batches(model, rollouts, policy, minibatches, advantage, average, temperature, chunk):
+    """The mini-batches of a batch: [(chunks, normalizer), ...], with chunks for policy_loss
+    [(tokens, old_logp, advantages, mask), ...] and the number that the loss is divided by.
+
+    Rows with advantage 0 have no gradient. They are left out, but count in the normalizer. Old and
+    new log-probabilities come from one chunk by one computation. So the first mini-batch has ratio
+    1 everywhere, and no other policy can get into the denominator.
+    """
+    tokens, device = rollouts.tokens, rollouts.tokens.device
+    # Which rows go where is settled on the CPU, so that a GPU need not be waited for.
+    prompt_len, end, rewards = (x.cpu() for x in rollouts[1:])
+    advantages = group_advantages(rewards, advantage).flatten()  # (N,)
+    Q, G = rewards.shape
+    if not 1 <= minibatches <= Q:
+        raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
+    batches = []
+    for rows in torch.arange(Q * G).view(Q, G).tensor_split(minibatches):
+        rows = rows.flatten()
+        normalizer = int((end - prompt_len)[rows].sum()) if average == "token" else len(rows)
+        rows = rows[advantages[rows] != 0]
+        rows = rows[end[rows].argsort()]  # like lengths together, so that little is padding
+        chunks = []
+        for part in rows.split(chunk) if len(rows) else ():
+            T = int(end[part].max())
+            mask = response_mask(prompt_len[part], end[part], T).to(device)
+            cut = tokens[part.to(device), :T]
+            old_logp = token_logprobs(model, cut, mask, policy, temperature)
+            chunks.append((cut, old_logp, advantages[part].to(device), mask))
+        batches.append((chunks, normalizer))
+    return batches
 
 
-def avg_at_k(correct) -> float:
-    """Avg@K: the mean accuracy over all of K samples a problem, correct (P, K) of 0 and 1."""
-    return float(torch.as_tensor(correct).cpu().double().mean())
+def add_gradient(model, chunks, policy, **options):
+    """Add the gradient of policy_loss over all chunks to the parameters' .grad.
+
+    Returns the loss and how many tokens were cut off, as tensors; `options` are policy_loss's.
+    """
+    loss, cut_off = 0.0, 0
+    for chunk in chunks:
+        part, n = policy_loss(model, *chunk, policy, **options)
+        part.backward()
+        loss, cut_off = loss + part.detach(), cut_off + n
+    return loss, cut_off
+
+
+# ---- 6. Measures -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
+    """All that is measured by layer, at the M response positions of mask (N, T-1), in one pass.
+
+    A dict of tensors (L, M); those with a + are (L+1, M), H^0 first. Entropies are in nats.
+
+        layer+ attn mlp    entropy of the internal policies of H^l, A^l, F^l (Eq. 6-8)
+        attn_in mlp_in     entropy of what attention and FFN read, which is the *normed* stream
+        d_attn d_mlp       Eq. 13, 14: attn - attn_in and mlp - mlp_in. Above 0 is read as
+                           exploration, about 0 as integration, below 0 as convergence
+        d_layer            Eq. 9: entropy of H^l less that of H^{l-1}, both raw
+        layer_normed+      of the logit lens, softmax(LN_f(H^l) E_u^T); the last one is pi_theta's
+        layer_matched+     of H^l scaled to the size of H^L: without the growth of the stream
+        cos_layer+         cos(H^l, H^L), how much of the final state is there (Fig. 5)
+        cos_attn cos_mlp   a write against the stream that it is added to (Appendix B.2): about 0
+                           writes new features, below 0 suppresses, above 0 amplifies
+        rms_layer+ rms_attn rms_mlp    size: the root mean square over d
+
+    `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so memory does
+    not grow with their number, nor with layers. Raises ValueError for an empty mask.
+    """
+    if not mask.any():
+        raise ValueError("there are no response positions to look at")
+    chunk = chunk or max(1, 2**24 // model.vocab_size)
+    at, tokens = mask.flatten().nonzero()[:, 0], tokens[:, :-1]
+    found = defaultdict(list)
+
+    def here(h):  # (N, T-1, d) -> (M, d)
+        return h.flatten(0, 1)[at]
+
+    def add_entropy(name, h):
+        found[name].append(torch.cat([entropy(model.unembed(part)) for part in h.split(chunk)]))
+
+    def add(name, h, other):
+        add_entropy(name, h)
+        wide, other = at_least_float32(h), at_least_float32(other)
+        found[f"cos_{name}"].append(torch.cosine_similarity(wide, other, dim=-1))
+        found[f"rms_{name}"].append(wide.square().mean(-1).sqrt())
+
+    def add_layer(h):
+        add("layer", h, top)
+        add_entropy("layer_normed", model.final_norm(h))
+        add_entropy("layer_matched", torch.nn.functional.normalize(h, dim=-1) * top_length)
+
+    top = here(model.residual(tokens, model.n_layer))  # H^L
+    top_length = torch.linalg.vector_norm(top, dim=-1, keepdim=True)
+    for l, trace in enumerate(model.trace(tokens), 1):
+        if l == 1:
+            add_layer(here(trace.resid_pre))  # H^0
+        add_entropy("attn_in", here(trace.attn_in))
+        add("attn", here(trace.attn_out), here(trace.resid_pre))
+        add_entropy("mlp_in", here(trace.mlp_in))
+        add("mlp", here(trace.mlp_out), here(trace.resid_mid))
+        add_layer(here(trace.resid_post))
+    found = {name: torch.stack(rows) for name, rows in found.items()}
+    found["d_attn"] = found["attn"] - found["attn_in"]
+    found["d_mlp"] = found["mlp"] - found["mlp_in"]
+    found["d_layer"] = found["layer"][1:] - found["layer"][:-1]
+    return found
 
 
 def pass_at_k(n: int, c, k: int):
-    """Unbiased Pass@K, 1 - C(n-c, k) / C(n, k): the chance that k of n samples, drawn without replacement, hold a
-    right one where c of the n are right. c: a count or an array of counts, one a problem; float64 of the same shape.
-    Raises ValueError unless 1 <= k <= n and 0 <= c <= n."""
+    """Unbiased Pass@K, 1 - C(n-c, k) / C(n, k): the chance that k of n samples hold a right one.
+
+    c: how many of the n are right, or an array of such counts, one a problem; returns float64 of
+    the same shape. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
+    """
     c = np.asarray(c)
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..{n}, the number of samples, not {k}")
     if c.size and (c.min() < 0 or c.max() > n):
         raise ValueError(f"counts of right samples must be in 0..{n}, not {c.min()}..{c.max()}")
-    i = np.arange(n)  # C(n-c-1, k) / C(n-c, k) = (n-c-k) / (n-c)
-    all_wrong = np.concatenate(([1.0], np.cumprod(np.maximum(n - k - i, 0) / (n - i))))
-    return 1.0 - all_wrong[c]
-
-
-@torch.no_grad()
-def residual_cosines(model, tokens, mask):
-    """Cosines in the residual stream at the M response positions of mask (N, T-1), a dict of tensors:
-
-    "final" (L+1, M)  cos(H^l, H^L), l = 0..L: how much of the final state is there already (feature refinement)
-    "attn"  (L, M)    cos(A^l, H^(2l-2)) and
-    "mlp"   (L, M)    cos(F^l, H^(2l-1)): what a module writes against the stream it is added to (Appendix B.2);
-                      about 0 writes new features, < 0 suppresses, > 0 amplifies
-    """
-    stream, attn, mlp = [], [], []
-    for trace in model.trace(tokens[:, :-1]):
-        if not stream:
-            stream.append(trace.resid_pre[mask])
-        stream.append(trace.resid_post[mask])  # (M, d)
-        attn.append(F.cosine_similarity(trace.attn_out[mask], trace.resid_pre[mask], dim=-1))
-        mlp.append(F.cosine_similarity(trace.mlp_out[mask], trace.resid_mid[mask], dim=-1))
-    final = [F.cosine_similarity(h, stream[-1], dim=-1) for h in stream]
-    return {"final": torch.stack(final), "attn": torch.stack(attn), "mlp": torch.stack(mlp)}
-
-
-@torch.no_grad()
-def residual_rms(model, tokens, mask):
-    """Sizes in the residual stream at the M response positions of mask (N, T-1): root mean square over d of the
-    stream "layer" (L+1, M), H^0..H^L, and of the writes "attn" and "mlp" (L, M). Raw policies have no norm, so the
-    stream's size acts on their entropy as an inverse temperature: read the two side by side."""
-    rms = {"layer": [], "attn": [], "mlp": []}
-    for trace in model.trace(tokens[:, :-1]):
-        stream = [trace.resid_post] if rms["layer"] else [trace.resid_pre, trace.resid_post]
-        for name, tensors in (("layer", stream), ("attn", [trace.attn_out]), ("mlp", [trace.mlp_out])):
-            rms[name] += [at_least_float32(h[mask]).square().mean(-1).sqrt() for h in tensors]
-    return {name: torch.stack(values) for name, values in rms.items()}
+    by_count = np.array([1 - comb(n - right, k) / comb(n, k) for right in range(n + 1)])
+    return by_count[c]
