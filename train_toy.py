@@ -1,50 +1,110 @@
-"""The toy task and the training run: a base model, its internal policies, then GRPO or BuPO, as one command.
+"""The toy task and the training run: a base model, a look at its internal policies, then BuPO.
 
-The task: chains of operations on digits, worked out from left to right, every result taken mod 10.
+The task: work out a chain of operations on digits from left to right, every result mod 10.
 
     7+5*3-2=   ->   2*3-2=6-2=4<eos>         (7+5=12 -> 2;  2*3=6;  6-2=4)
 
-The prompt ends in `=`; a response rewrites what is left after each operation; the answer is what follows the last
-`=`. The reward is 1 if the response ended and its answer is right, else 0: nothing is said about the way.
+The prompt ends in `=`. A response rewrites what is left after each operation, and what follows its
+last `=` is the answer. The reward is 1 if the response ended and its answer is right, else 0.
 
-The base model learns from *sloppy* solutions: each line before the answer is left out with probability 1/2. So it
-has seen careful work and jumps, and jumping over several operations mostly goes wrong. RL on the final answer alone
-then discovers careful work: responses grow longer as they get right more often.
+The base model learns from *sloppy* solutions: each line before the answer is left out with
+probability 1/2. So it has seen careful work and jumps, and jumps mostly go wrong. RL on the final
+answer alone then discovers careful work: responses grow longer as they get right more often.
 
-    python train_toy.py                                     # base model, then BuPO, into out/bupo-seed0
+    python train_toy.py                                     # base model, then BuPO, in out/bupo-seed0
     python train_toy.py --algo grpo --base out/bupo-seed0/base.pt
     python train_toy.py --resume --out_dir out/bupo-seed0   # go on after Ctrl-C or a crash
 
-All randomness of a step is drawn from (seed, purpose, step), so a run that was stopped goes on bit for bit, and two
-runs with the same seed meet the same problems in the same order, whatever they optimise.
+All that is random in a step depends on (seed, purpose, step) alone. So a run that was stopped goes
+on as if it had not been (on a CPU to the last bit), and two runs of one seed meet the same problems.
 """
 
 import argparse
+import hashlib
 import json
+import operator
 import os
+import random
 import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import minibupo
 from minibupo import FULL, Policy, Rollouts, response_mask
 from model import GPT, GPTConfig
 
-# ---- tokens: one a character; a digit's id is its value ---------------------------------------------------------
+# ---- the task, as strings ----------------------------------------------------------------------
 
-CHARACTERS = "0123456789+-*="
-PLUS, MINUS, TIMES, EQUALS, EOS, PAD = range(10, 16)
-VOCAB_SIZE = 16
-_encoding = tiktoken.Encoding(
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def careful(expression: str) -> list[str]:
+    """All lines of careful work: careful("7+5*3-2") is ["7+5*3-2", "2*3-2", "6-2", "4"]."""
+    lines = [expression]
+    while len(lines[-1]) > 1:
+        a, op, b, *rest = lines[-1]
+        lines.append(str(OPERATORS[op](int(a), int(b)) % 10) + "".join(rest))
+    return lines
+
+
+def sloppy(expression: str, rng, skip: float) -> list[str]:
+    """The same, but each line between problem and answer is left out with probability `skip`."""
+    problem, *between, answer = careful(expression)
+    return [problem, *(line for line in between if rng.random() >= skip), answer]
+
+
+def is_right(expression: str, response: str) -> bool:
+    """The verifier: the response ended, and what follows its last `=` is the answer.
+
+    How the answer was reached is not looked at; has_right_steps does that."""
+    return response.split("=")[-1] == careful(expression)[-1] + "<eos>"
+
+
+def held_out(expression: str) -> bool:
+    """Whether a problem is kept for evaluation: by its hash, one in eight of 3 digits or more."""
+    return len(expression) >= 5 and hashlib.sha256(expression.encode()).digest()[0] < 32
+
+
+def random_expression(rng, n: int) -> str:
+    """n digits joined by n - 1 operators, uniform."""
+    first, *digits = rng.choices("0123456789", k=n)
+    return first + "".join(rng.choice(list(OPERATORS)) + digit for digit in digits)
+
+
+def training_problem(rng, n: int) -> str:
+    """A problem of n digits of which no line, and so no part of a solution, is held out."""
+    while True:
+        expression = random_expression(rng, n)
+        if not any(held_out(line) for line in careful(expression)):
+            return expression
+
+
+def stream(seed: int, purpose: str, step: int = 0) -> random.Random:
+    """The random numbers of one purpose at one step. No two keys share theirs."""
+    return random.Random(f"{purpose}, seed {seed}, step {step}")
+
+
+def torch_stream(device, seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """The same for torch, on a device."""
+    return torch.Generator(device).manual_seed(stream(seed, purpose, step).getrandbits(63))
+
+
+# ---- tokens: one a character -------------------------------------------------------------------
+
+CHARACTERS = "0123456789" + "".join(OPERATORS) + "="
+EOS, PAD = len(CHARACTERS), len(CHARACTERS) + 1
+VOCAB_SIZE = len(CHARACTERS) + 2
+ENCODING = tiktoken.Encoding(
     name="toy",
     pat_str=r"[\s\S]",
     mergeable_ranks={c.encode(): i for i, c in enumerate(CHARACTERS)},
@@ -53,270 +113,723 @@ _encoding = tiktoken.Encoding(
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text; "<eos>" and "<pad>" are one token each. Raises ValueError naming a character that the toy
-    does not know (tiktoken itself would panic)."""
-    unknown = [c for c in text.replace("<eos>", "").replace("<pad>", "") if c not in CHARACTERS]
-    if unknown:
-        raise ValueError(f"character {unknown[0]!r} is not one of {CHARACTERS}")
-    return _encoding.encode(text, allowed_special="all")
+    """Token ids of a text; "<eos>" and "<pad>" are one token each. Raises ValueError for a character
+    that the toy does not know, on which tiktoken would panic."""
+    for c in text.replace("<eos>", "").replace("<pad>", ""):
+        if c not in CHARACTERS:
+            raise ValueError(f"character {c!r} is not one of {CHARACTERS}")
+    return ENCODING.encode(text, allowed_special="all")
 
 
-def decode(ids) -> str:
-    """The text of token ids; the inverse of encode."""
-    return _encoding.decode([int(i) for i in ids])
+def padded(rows: list[list], device, value=PAD):
+    """Rows of unequal length as a tensor (N, T), padded on the right, and their lengths (N,)."""
+    T = max(map(len, rows))
+    tensor = torch.tensor([row + [value] * (T - len(row)) for row in rows], device=device)
+    return tensor, torch.tensor([len(row) for row in rows], device=device)
 
 
-# ---- the task: expressions as arrays of token ids (P problems, 2n - 1 tokens) for n digits -----------------------
+def responses(sampled) -> list[str]:
+    """The texts of the responses in rows of tokens, prompt_len and end."""
+    rows = zip(sampled.tokens.tolist(), sampled.prompt_len.tolist(), sampled.end.tolist())
+    return [ENCODING.decode(tokens[start:end]) for tokens, start, end in rows]
 
 
-def work_out(expr):
-    """Do the first operation of each expression: (P, 2n-1) -> (P, 2n-3)."""
-    a, op, b = expr[:, 0], expr[:, 1], expr[:, 2]
-    result = np.select([op == PLUS, op == MINUS], [a + b, a - b], a * b) % 10
-    return np.concatenate([result[:, None], expr[:, 3:]], axis=1)
+# ---- settings ----------------------------------------------------------------------------------
 
 
-def worked_lines(expr):
-    """The expression and all that careful work makes of it, down to the answer (P, 1): n arrays."""
-    lines = [expr]
-    while lines[-1].shape[1] > 1:
-        lines.append(work_out(lines[-1]))
-    return lines
-
-
-def held_out(expr):
-    """Whether an expression (P, 2n-1) is kept for evaluation: one in eight of those with n >= 3, by its hash (FNV-1a,
-    and one round of MurmurHash3's finalizer, without which short expressions are not spread evenly)."""
-    if expr.shape[1] < 5:
-        return np.zeros(len(expr), dtype=bool)
-    h = np.full(len(expr), 0xCBF29CE484222325, dtype=np.uint64)
-    for column in expr.T.astype(np.uint64):
-        h = (h ^ column) * np.uint64(0x100000001B3)
-    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    return h >> np.uint64(61) == 0
-
-
-def draw_problems(rng, count: int, n: int, split: str = "train"):
-    """`count` expressions of n >= 2 digits, uniform over a split: (count, 2n-1) token ids.
-
-    "eval": held_out ones, no two alike. "train": neither the problem nor any line of its careful solution is held
-    out, so a held-out problem is not met inside a longer one either. Raises ValueError for an n or a count that
-    cannot be had.
-    """
-    if n < 2 or (split == "eval" and (n < 3 or count > 1000)):
-        raise ValueError(f"cannot draw {count} problems of {n} digits: training needs n >= 2; evaluation n >= 3, at most 1000")
-    kept = np.empty((0, 2 * n - 1), dtype=np.int64)
-    while len(kept) < count:
-        expr = np.empty((8 * count if split == "eval" else 2 * count, 2 * n - 1), dtype=np.int64)
-        expr[:, 0::2] = rng.integers(0, 10, size=(len(expr), n))
-        expr[:, 1::2] = rng.integers(PLUS, TIMES + 1, size=(len(expr), n - 1))
-        if split == "eval":
-            expr = expr[held_out(expr)]
-        else:
-            expr = expr[~np.any([held_out(line) for line in worked_lines(expr)], axis=0)]
-        kept = np.concatenate([kept, expr])
-        if split == "eval":  # the first of each, in the order drawn
-            kept = kept[np.sort(np.unique(kept, axis=0, return_index=True)[1])]
-    return kept[:count]
-
-
-def prompts(expr):
-    """Prompts (P, 2n), expression and `=`."""
-    return np.concatenate([expr, np.full((len(expr), 1), EQUALS)], axis=1)
-
-
-def careful_length(n: int) -> int:
-    """Tokens of the longest careful response to a problem of n digits: its lines, the `=` between them, EOS."""
-    return sum(2 * k for k in range(1, n))
-
-
-def worked_solutions(expr, rng=None, skip: float = 0.0):
-    """Prompt and response (P, T), padded, and the end (P,) of each: all lines, but each one between the problem and the
-    answer left out with probability `skip`, drawn from rng."""
-    lines, parts, kept = worked_lines(expr), [], []
-    for i, line in enumerate(lines):
-        last = i == len(lines) - 1
-        parts.append(np.concatenate([line, np.full((len(expr), 1), EOS if last else EQUALS)], axis=1))
-        keep = np.ones(len(expr), dtype=bool) if i == 0 or last or skip == 0 else rng.random(len(expr)) >= skip
-        kept.append(np.repeat(keep[:, None], parts[-1].shape[1], axis=1))
-    tokens, kept = np.concatenate(parts, axis=1), np.concatenate(kept, axis=1)
-    order = np.argsort(~kept, axis=1, kind="stable")  # what stays moves to the front, in order
-    end = kept.sum(axis=1)
-    tokens = np.take_along_axis(tokens, order, axis=1)[:, : end.max()]
-    tokens[np.arange(tokens.shape[1]) >= end[:, None]] = PAD
-    return tokens, end
-
-
-def reward(tokens, end, answer):
-    """The verifier: 1.0 where the response (ending before `end`) ended by EOS and has nothing but the right digit
-    behind its last `=`, else 0.0. tokens (N, T), end and answer (N,) tensors -> (N,). How the answer was reached is
-    not looked at: right by wrong steps counts (correct_steps measures that)."""
-    third, second, last = (tokens.gather(1, (end - k)[:, None])[:, 0] for k in (3, 2, 1))
-    return ((third == EQUALS) & (second == answer) & (last == EOS)).float()
-
-
-def correct_steps(text: str) -> bool:
-    """Whether every line of "problem=line=...=answer<eos>" follows from the line before by one or more operations."""
-    lines = text.removesuffix("<eos>").split("=")
-    if not text.endswith("<eos>") or len(lines[-1]) != 1:
-        return False
-    for before, after in zip(lines, lines[1:]):
-        if not after or any(c not in CHARACTERS for c in after):
-            return False
-        follow = [decode(line[0]) for line in worked_lines(np.array([encode(before)]))[1:]]
-        if after not in follow:
-            return False
-    return True
-
-
-# ---- options -----------------------------------------------------------------------------------------------------
-
-
-def option(default, help, **extra):
-    """A dataclass field that is a command-line option as well."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
-def layer_number(text: str):
-    """"auto" or a layer's number, for the command line."""
-    return text if text == "auto" else int(text)
+def option(default, help, low=None, high=None, choices=None):
+    """A field of Settings, which is a command-line option, too; values from low to high."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 @dataclass
 class Settings:
-    """Every option of a run, each with its help. Raises ValueError for values that cannot be."""
+    """Every option of a run. Raises ValueError for values that cannot be."""
 
     algo: str = option("bupo", "what to train with", choices=("bupo", "grpo"))
-    layer: str | int = option("auto", "layer whose policy phase 1 optimises: 1..L-1, or auto, the paper's rule",
-                              type=layer_number, metavar="auto|1..L-1")  # fmt: skip
-    site: str = option("resid_post", "policy of phase 1: of the layer, its attention or its FFN",
-                       choices=("resid_post", "attn_out", "mlp_out"))  # fmt: skip
-    s_inter: int = option(5, "steps of phase 1")
-    steps: int = option(60, "steps of RL in all")
-    seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int = option(2, "CPU threads; small models gain nothing from many")
-    out_dir: str | None = option(None, "directory of the run (default: a new one under out/)", type=str)
-    base: str | None = option(None, "start RL from this base model, a base.pt of another run", type=str)
-    preset: str = option("default", "a set of defaults", choices=("smoke", "default", "gpu"))
+    layer: int | None = option(None, "layer of phase 1, 1..L-1 (default: the paper's rule)", 1)
+    site: str = option("resid_post", "whose policy: layer, attention, FFN", choices=minibupo.SITES)
+    s_inter: int = option(5, "steps of phase 1", 0)
+    steps: int = option(60, "steps of RL in all", 0)
+    seed: int = option(0, "seed of everything random", 0, 2**32 - 1)
+    base: str | None = option(None, "start RL from this base model, base.pt of another run")
+    out_dir: str | None = option(None, "directory of the run (default: a new one under out/)")
+    preset: str = option("default", "a set of defaults", choices=("default", "smoke"))
+    device: str = option("auto", "auto is cuda or else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int = option(2, "CPU threads; a small model gains nothing from many", 1, 1024)
 
-    n: int = option(5, "digits in the problems of RL; pretraining has 2..n, evaluation up to n + 1")
-    n_layer: int = option(6, "layers")
-    d_model: int = option(64, "width of the residual stream")
-    n_head: int = option(2, "attention heads")
-    qk_norm: bool = option(True, "RMSNorm on queries and keys, as Qwen3 has it")
-    tied: bool = option(True, "unembed with the embedding matrix")
+    n: int = option(5, "digits of the longest problems of training", 3, 12)
+    n_layer: int = option(6, "layers", 2)
+    d_model: int = option(64, "width of the residual stream", 4)
+    skip: float = option(0.5, "share of lines left out of what the base learns from", 0, 1)
+    internal_loss: float = option(0.0, "weight of the base's loss on its internal policies", 0, 1e6)
 
-    skip: float = option(0.5, "probability that a line is left out of a solution that the base model learns from")
-    sloppy_from: int = option(400, "step of pretraining from which solutions are that sloppy; careful until half of it")
-    pretrain_until: float = option(0.95, "end pretraining once this share of single operations is right")
-    pretrain_max_steps: int = option(1000, "end pretraining here at the latest")
-    pretrain_batch: int = option(48, "rows a step of pretraining, each with a solution of every size")
-    pretrain_lr: float = option(4e-3, "learning rate of pretraining")
-
-    train_problems: int = option(0, "train on this many problems again and again (0: on new ones each step)")
-    questions: int = option(64, "questions a step of RL")
-    group: int = option(8, "responses to each question")
-    minibatches: int = option(4, "optimizer steps a step of RL")
-    lr: float = option(5e-4, "learning rate of RL")
-    lr_steps: int = option(30, "steps of RL at this rate; from there on it falls as 1 / step")
-    weight_decay: float = option(0.01, "weight decay of RL")
-    clip: float = option(0.2, "the surrogate's epsilon")
+    train_problems: int = option(0, "train on this many problems (0: on new ones each step)", 0)
+    questions: int = option(64, "questions a step of RL", 1)
+    group: int = option(8, "responses to each question", 2)
+    minibatches: int = option(4, "optimizer steps a step of RL", 1)
+    lr: float = option(5e-4, "learning rate for 30 steps; then it falls as 1 / step", 1e-12, 1e6)
     advantage: str = option("grpo", "how rewards become advantages", choices=minibupo.ADVANTAGES)
-    average: str = option("token", "average the loss over tokens or sequences", choices=("token", "sequence"))
-    chunk: int = option(64, "rows that an update takes through the model at a time (0: all of a mini-batch)")
-    precision: str = option("float32", "of matrix products", choices=("float32", "tf32", "bfloat16"))
-    temperature: float = option(1.0, "of rollouts and their log-probabilities; evaluation is at 1")
-    max_new_tokens: int | None = option(None, "limit of a response (default: a careful one at n + 1 digits)", type=int)
-
-    eval_problems: int = option(256, "held-out problems a tier, before and after; a quarter on the way")
-    eval_samples: int = option(8, "responses to each of them")
-    eval_every: int = option(30, "steps between evaluations on the way")
-    probe_every: int = option(5, "steps between looks at the internal policies")
-    save_every: int = option(10, "steps between checkpoints")
+    eval_problems: int = option(256, "held-out problems a length, before and after", 1, 1000)
 
     def __post_init__(self):
-        for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
-        lowest = dict(s_inter=0, steps=0, seed=0, threads=1, train_problems=0, n=3, n_layer=2, questions=1, group=2, minibatches=1,
-                      lr_steps=1, sloppy_from=1, pretrain_max_steps=0, pretrain_batch=1, eval_problems=1, eval_samples=1, eval_every=1,
-                      probe_every=1, save_every=1, chunk=0)  # fmt: skip
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        for name in ("pretrain_lr", "lr", "clip", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("skip", "pretrain_until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1, not {getattr(self, name)}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
-        if self.minibatches > self.questions:
-            raise ValueError(f"minibatches = {self.minibatches} are more than questions = {self.questions}")
-        if self.eval_problems > 1000:
-            raise ValueError(f"eval_problems must be at most 1000, not {self.eval_problems}")
-        if self.s_inter > self.steps:
-            raise ValueError(f"s_inter = {self.s_inter} is more than steps = {self.steps}")
-        if self.max_new_tokens is not None and self.max_new_tokens < careful_length(self.n):
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens} cannot hold the longest careful solution of a trained "
-                             f"problem (n = {self.n}), which takes {careful_length(self.n)}")  # fmt: skip
-        self.model_config()
+        check_settings(self)
 
     @property
     def response_limit(self) -> int:
-        """Tokens that a response may take, in training and evaluation."""
-        return self.max_new_tokens or careful_length(self.n + 1)
-
-    def model_config(self) -> GPTConfig:
-        """The model, with room for the longest problem that is evaluated and a response of full length."""
-        return GPTConfig(VOCAB_SIZE, 2 * (self.n + 1) + self.response_limit, self.n_layer, self.d_model, self.n_head,
-                         qk_norm=self.qk_norm, tied=self.tied)  # fmt: skip
+        """Tokens that a response may take: careful work on n + 1 digits, EOS included."""
+        return (self.n + 1) * self.n
 
     @property
     def tiers(self) -> list[int]:
-        """Difficulties that are evaluated, by digits: up to n, and n + 1, which is longer than anything trained."""
-        return [t for t in range(self.n - 2, self.n + 2) if t >= 3]
+        """Digits of the problems of evaluation, up to n + 1: longer than anything trained."""
+        return [n for n in range(self.n - 2, self.n + 2) if n >= 3]
+
+    def model_config(self) -> GPTConfig:
+        """The model. Positions are rotary, so a longer context costs nothing but a table."""
+        return GPTConfig(VOCAB_SIZE, 256, self.n_layer, self.d_model, n_head=2)
 
 
-PRESETS = {
-    "default": {},
-    "smoke": dict(n=3, n_layer=4, d_model=32, pretrain_until=0.6, sloppy_from=250, pretrain_max_steps=400,
-                  questions=32, steps=20, s_inter=3, eval_problems=64),
-    "gpu": dict(n=8, n_layer=12, d_model=256, n_head=8, questions=128, pretrain_batch=128, pretrain_lr=1e-3, lr=1e-4,
-                steps=200, s_inter=15, lr_steps=100, pretrain_max_steps=5000),
-}  # fmt: skip
+SMOKE = dict(n=3, n_layer=4, d_model=32, questions=32, steps=20, s_inter=3, eval_problems=64)
+
+
+# ---- the base model ----------------------------------------------------------------------------
+
+
+KNOWN = 0.95  # the share of single operations that a base is to get right
+
+
+def pretrain(s: Settings, model, records: list, max_steps=1000, lr=4e-3):
+    """Teach the base model until it knows single operations. Appends a record every 50 steps.
+
+    Not a fixed number of steps: seeds differ in when operations are learned, and RL can improve only
+    a model that gets some answers right. Nor much longer: a base that jumps well leaves RL little to
+    discover."""
+    optimizer = adamw(model, lr, weight_decay=0.1, betas=(0.9, 0.98))
+    started, bar = time.perf_counter(), progress("pretraining", max_steps)
+    for step in range(1, max_steps + 1):
+        loss = pretraining_loss(model, *pretraining_batch(s, step, model.device), s.internal_loss)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_learning_rate(optimizer, lr * min(1.0, step / 50))  # warm-up
+        optimizer.step()
+        bar.update()
+        if step % 50 == 0:
+            known = single_operations(model, s)
+            add_record(records, "pretrain", step=step, loss=loss.item(), single_operations=known)
+            report(bar, step, f"loss {loss.item():.2f}  single operations right {known:.2f}", 100)
+            if known >= KNOWN and step >= 400:
+                break
+    bar.close()
+    seconds = time.perf_counter() - started
+    print(f"base model: {step} steps in {seconds:.0f} s, single operations right {known:.2f}")
+
+
+def pretraining_batch(s: Settings, step: int, device, rows=48, sloppy_from=400):
+    """Rows of text: tokens (B, T), and which of them belong to a response (B, T).
+
+    A row holds a solution of each length 2..n, in random order. A model that met each problem at the
+    start of a row would learn where its first operands stand, and be lost on the second line.
+    Solutions are careful at first, and as sloppy as they get from step `sloppy_from` on. While any
+    line may follow, the result of an operation is but one of several right tokens, and operations
+    are learned much more slowly."""
+    rng, tokens, marks = stream(s.seed, "pretraining", step), [], []
+    skip = s.skip * min(1.0, max(0.0, 2 * step / sloppy_from - 1))
+    for _ in range(rows):
+        row, mark = [], []
+        for n in rng.sample(range(2, s.n + 1), s.n - 1):
+            problem, *lines = sloppy(training_problem(rng, n), rng, skip)
+            prompt, response = encode(problem + "="), encode("=".join(lines) + "<eos>")
+            row += prompt + response
+            mark += [False] * len(prompt) + [True] * len(response)
+        T = 2 * (s.n + 1) + s.response_limit
+        tokens.append(row[:T])
+        marks.append(mark[:T])
+    return padded(tokens, device)[0], padded(marks, device, value=False)[0]
+
+
+def pretraining_loss(model, tokens, response, internal_loss: float):
+    """Cross-entropy of pi_theta on the response tokens, plus internal_loss times the mean of that of
+    the internal layer policies."""
+    at, wanted = response[:, 1:], tokens[:, 1:][response[:, 1:]]
+    if internal_loss == 0:
+        return cross_entropy(model(tokens[:, :-1])[at], wanted)
+    layers = [trace.resid_post[at] for trace in model.trace(tokens[:, :-1])]  # H^1, .., H^L
+    internal = [cross_entropy(model.unembed(h), wanted) for h in layers]
+    loss = cross_entropy(model.unembed(model.final_norm(layers[-1])), wanted)
+    return loss + internal_loss * torch.stack(internal).mean()
+
+
+# ---- RL: Algorithm 1 ---------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What the steps of RL work on."""
+
+    out: Path  # the directory of the run
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    target: Policy  # of phase 1
+    text: tuple  # own_solutions of the base, on which internal policies are measured
+    records: list  # of metrics.jsonl
+    step: int  # the last one done
+
+
+def train(s: Settings, job: Job):
+    """The steps of Algorithm 1 that are left, with log, evaluations, looks inside, checkpoints."""
+    model, optimizer, records = job.model, job.optimizer, job.records
+    seen, bar, started = {}, progress(s.algo, s.steps, job.step), time.perf_counter()
+
+    def rate(step):  # smaller steps late, when a handful of mixed groups decides on the gradient
+        return s.lr * min(1.0, 30 / step)
+
+    def sample(step):
+        set_learning_rate(optimizer, rate(step))
+        batch = rollouts(s, model, step)
+        seen.update(describe(model, batch, job.target))  # before the step changes the model
+        return batch
+
+    options = dict(start=job.step + 1, minibatches=s.minibatches, advantage=s.advantage)
+    steps = minibupo.bupo(model, optimizer, sample, job.target, s.s_inter, s.steps, **options)
+    for job.step, policy, _, log in steps:
+        step, phase = job.step, "policy" if policy == FULL else "internal"
+        log |= {"seconds": time.perf_counter() - started, "phase": phase, **seen}
+        add_record(records, "step", step=step, **log)
+        bar.update()
+        report(bar, step, LOG_LINE.format(**log), 5)
+        if step % 5 == 0 or step in (s.s_inter, s.steps):
+            add_record(records, "internal", step=step, **means_inside(model, *job.text))
+        if step % 30 == 0 or step == s.steps:
+            add_evaluation(records, s, model, step)
+        if step == s.s_inter:
+            save_checkpoint(job.out / "phase1.pt", model)
+        if step % 10 == 0 or step == s.steps or STOP.is_set():
+            save_job(job)
+        write_metrics(job)
+        if STOP.is_set() and step < s.steps:
+            raise KeyboardInterrupt
+        started = time.perf_counter()
+    bar.close()
+
+
+LOG_LINE = (
+    "{phase:8}  reward {reward:.3f}  entropy {policy_entropy:.3f}  length {length:.1f}  "
+    "clipped {clip_fraction:.4f}  gradient {grad_norm:.2f}"
+)
+
+
+def rollouts(s: Settings, model, step: int) -> Rollouts:
+    """The questions of a step, a group of responses to each from pi_theta, and their rewards."""
+    problems = training_problems(s, step)
+    prompts, prompt_len = padded([encode(p + "=") for p in problems], model.device)
+    generator = torch_stream(model.device, s.seed, "responses", step)
+    options = dict(num_samples=s.group, eos_id=EOS, pad_id=PAD, generator=generator)
+    sampled = model.generate(prompts, s.response_limit, prompt_len=prompt_len, **options)
+    right = [is_right(problems[i // s.group], text) for i, text in enumerate(responses(sampled))]
+    return Rollouts(*sampled, torch.tensor(right).float().view(s.questions, s.group))
+
+
+def training_problems(s: Settings, step: int) -> list[str]:
+    """The questions of step 1, 2, ..: new ones, or those of a finite set, each of them once before
+    any comes again."""
+    if not s.train_problems:
+        return draw_questions(stream(s.seed, "questions", step), s.questions, s.n)
+    problems = draw_questions(stream(s.seed, "finite set"), s.train_problems, s.n)
+    places = range((step - 1) * s.questions, step * s.questions)
+    epochs = {place // len(problems) for place in places}
+    shuffled = {e: stream(s.seed, "epoch", e).sample(problems, len(problems)) for e in epochs}
+    return [shuffled[place // len(problems)][place % len(problems)] for place in places]
+
+
+def draw_questions(rng, count: int, n: int) -> list[str]:
+    """Training problems of 3, 4, .., n digits in shares of 1 : 2 : .. : n - 2, since longer ones take
+    more learning; in random order."""
+    sizes = [k for k in range(3, n + 1) for _ in range(k - 2)]
+    problems = [training_problem(rng, sizes[i * len(sizes) // count]) for i in range(count)]
+    return rng.sample(problems, count)
+
+
+@torch.no_grad()
+def describe(model, batch: Rollouts, target: Policy) -> dict:
+    """What a step's log says of its rollouts. Entropies (nats, temperature 1) and the mean of
+    log(pi_target / pi_theta), how far phase 1 is off-policy, are taken on one response a group."""
+    length, right = (batch.end - batch.prompt_len).float(), batch.rewards.mean(1)
+    ended = batch.tokens.gather(1, batch.end[:, None] - 1)[:, 0] == EOS
+    log = {
+        "reward": float(right.mean()),
+        "groups_right": float((right == 1).float().mean()),
+        "groups_wrong": float((right == 0).float().mean()),
+        "length": float(length.mean()),
+        "cut_off": float((~ended).float().mean()),
+    }
+    G = batch.rewards.shape[1]
+    tokens = batch.tokens[::G]
+    mask = response_mask(batch.prompt_len[::G], batch.end[::G], tokens.shape[1])
+    at, logp = mask.flatten().nonzero()[:, 0], {}
+    for name, policy in (("policy", FULL), ("layer", target)):
+        logits = minibupo.policy_logits(model, tokens[:, :-1], policy, at)
+        log[f"{name}_entropy"] = float(minibupo.entropy(logits).mean())
+        logp[name] = logits.log_softmax(-1).gather(-1, tokens[:, 1:].flatten()[at][:, None])
+    return log | {"layer_log_ratio": float((logp["layer"] - logp["policy"]).mean())}
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+SAMPLES = 8  # responses to each problem of an evaluation
+
+
+def evaluation_problems(rng, n: int, count: int) -> list[str]:
+    """`count` different held-out problems of n digits. Raises ValueError for more than there are."""
+    if n < 3 or count > 1000:
+        raise ValueError(f"there are 1000 problems of each length from 3 on, not {count} of {n}")
+    found = {}  # a set that keeps the order
+    while len(found) < count:
+        expression = random_expression(rng, n)
+        if held_out(expression):
+            found[expression] = True
+    return list(found)
+
+
+@torch.no_grad()
+def attempts(model, s: Settings, problems: list[str], samples: int, generator) -> list[list[str]]:
+    """`samples` responses to each problem at temperature 1, as texts, about 1,024 rows at a time."""
+    texts, size = [], max(1, 1024 // samples)
+    for i in range(0, len(problems), size):
+        prompts, prompt_len = padded(
+            [encode(p + "=") for p in problems[i : i + size]], model.device
+        )
+        options = dict(num_samples=samples, eos_id=EOS, pad_id=PAD, generator=generator)
+        texts += responses(
+            model.generate(prompts, s.response_limit, prompt_len=prompt_len, **options)
+        )
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[dict, list]:
+    """Accuracy on `count` held-out problems of each length in `tiers`, the same ones for one seed.
+
+    Returns, by length as a string, "avg@K", its standard error over problems "avg@K_se" (None for a
+    single problem), unbiased "pass@1", "pass@2", .., "pass@K", the shares "right_steps" of responses
+    with no wrong step, "mixed" of problems with mixed outcomes and "cut_off" of responses, and the mean
+    "length" in tokens; and of the last length but one three pairs [problem, response]."""
+    results, examples = {}, []
+    for n in tiers:
+        problems = evaluation_problems(stream(s.seed, f"evaluation, n {n}"), n, count)
+        generator = torch_stream(model.device, s.seed, f"evaluation responses, n {n}")
+        texts = attempts(model, s, problems, samples, generator)
+        pairs = [(problem, text) for problem, group in zip(problems, texts) for text in group]
+        right = torch.tensor([is_right(*pair) for pair in pairs]).view(count, samples).double()
+        counts = right.sum(1).long().numpy()
+        powers = [2**i for i in range(samples.bit_length())]
+        results[str(n)] = {
+            f"avg@{samples}": float(right.mean()),
+            f"avg@{samples}_se": float(right.mean(1).std() / count**0.5) if count > 1 else None,
+            **{f"pass@{k}": float(minibupo.pass_at_k(samples, counts, k).mean()) for k in powers},
+            "right_steps": sum(has_right_steps(*pair) for pair in pairs) / len(pairs),
+            "mixed": float(((counts > 0) & (counts < samples)).mean()),
+            "cut_off": sum(not text.endswith("<eos>") for _, text in pairs) / len(pairs),
+            "length": sum(len(encode(text)) for _, text in pairs) / len(pairs),
+        }
+        if n == s.n:
+            examples = [[problem, group[0]] for problem, group in zip(problems, texts)][:3]
+    return results, examples
+
+
+def has_right_steps(expression: str, response: str) -> bool:
+    """Whether every line of a response follows from the one before by one or more operations."""
+    lines = [expression, *response.removesuffix("<eos>").split("=")]
+    ended = response.endswith("<eos>") and len(lines[-1]) == 1
+    return ended and all(after in careful(before)[1:] for before, after in pairwise(lines))
+
+
+@torch.no_grad()
+def single_operations(model, s: Settings, problems=128) -> float:
+    """How well single operations are known: on careful solutions of held-out problems, the share of
+    lines whose first token, the result of an operation, is the likeliest one. Jumps, which the base
+    has seen as well, spread over many tokens and do not hide it."""
+    drawn = evaluation_problems(stream(0, "single operations"), s.n, problems)
+    tokens, _ = padded([encode("=".join(careful(p)) + "<eos>") for p in drawn], model.device)
+    starts = tokens[:, :-1] == encode("=")[0]
+    return float((model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:])[starts].float().mean())
+
+
+@torch.no_grad()
+def own_solutions(model, s: Settings, count=64):
+    """Held-out problems with a model's own solutions: tokens (P, T) and response mask (P, T-1).
+
+    Those of the base are the fixed text on which internal policies are measured during training."""
+    problems = evaluation_problems(stream(s.seed, "text"), s.n, count)
+    prompts, _ = padded([encode(p + "=") for p in problems], model.device)
+    generator = torch_stream(model.device, s.seed, "text responses")
+    sampled = model.generate(prompts, s.response_limit, eos_id=EOS, pad_id=PAD, generator=generator)
+    return sampled.tokens, response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
+
+
+@torch.no_grad()
+def means_inside(model, tokens, mask) -> dict:
+    """The means over positions of all that minibupo.look_inside measures, each a list by layer, and
+    the perplexity of the tokens under pi_theta."""
+    found = minibupo.look_inside(model, tokens, mask)
+    means = {name: values.mean(1).tolist() for name, values in found.items()}
+    logp = minibupo.token_logprobs(model, tokens, mask)[mask]
+    return means | {"perplexity": float(logp.mean().neg().exp())}
+
+
+def add_evaluation(records: list, s: Settings, model, step: int):
+    """Evaluate and add the record; on the way to the last step on a quarter of the problems."""
+    count = s.eval_problems if step in (0, s.steps) else -(-s.eval_problems // 4)
+    results, examples = evaluate(model, s, s.tiers, count)
+    add_record(records, "eval", step=step, problems=count, tiers=results, examples=examples)
+    if 0 < step < s.steps:
+        accuracy = "  ".join(f"n = {n}: {of[f'avg@{SAMPLES}']:.3f}" for n, of in results.items())
+        tqdm.write(f"evaluation at step {step}, Avg@{SAMPLES}  {accuracy}")
+
+
+# ---- housekeeping: skip on first reading -------------------------------------------------------
+# Options, the main job, going on with a run, printing, files, and main.
+
+
+def check_settings(s: Settings):
+    """Raise ValueError for settings that cannot be."""
+    for f in fields(s):
+        value, limits = getattr(s, f.name), f.metadata
+        kind = int | float if f.type is float else f.type
+        if not isinstance(value, kind) or isinstance(value, bool):
+            name = getattr(f.type, "__name__", f.type)
+            raise ValueError(f"{f.name} must be of type {name}, not {value!r}")
+        if limits["choices"] and value not in limits["choices"]:
+            raise ValueError(
+                f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}"
+            )
+        if limits["low"] is not None and value is not None and not value >= limits["low"]:
+            raise ValueError(f"{f.name} must be at least {limits['low']}, not {value}")
+        if limits["high"] is not None and not value <= limits["high"]:
+            raise ValueError(f"{f.name} must be at most {limits['high']}, not {value}")
+    if s.minibatches > s.questions:
+        raise ValueError(f"minibatches = {s.minibatches} are more than questions = {s.questions}")
+    if s.s_inter > s.steps:
+        raise ValueError(f"s_inter = {s.s_inter} is more than steps = {s.steps}")
+    if s.layer is None and s.site == "attn_out":
+        raise ValueError("site attn_out needs a layer: the paper's rule looks at FFNs alone")
+    if s.layer is not None and s.layer >= s.n_layer:
+        raise ValueError(
+            f"layer must be in 1..{s.n_layer - 1}, below the top of {s.n_layer} layers, not {s.layer} "
+            "(layers count from 1; the official scripts' k is this number less 1)"
+        )
+    s.model_config()
 
 
 def parse_options(argv) -> tuple[Settings, dict, bool]:
-    """Read the command line: the settings (option over preset over default), those given by hand, and --resume."""
+    """The settings (option over preset over default), those given by hand, and --resume."""
     parser = argparse.ArgumentParser(
-        prog="train_toy.py", usage="python train_toy.py [--option value ...]", allow_abbrev=False,
+        prog="train_toy.py",
+        usage="python train_toy.py [--option value ...]",
         description="Train a small GPT on sloppy arithmetic, then improve it by GRPO or BuPO.",
-    )  # fmt: skip
+        allow_abbrev=False,
+    )
+    types = {int | None: layer_number, str | None: str}
     for f in fields(Settings):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.metadata.get("type", f.type), "choices": f.metadata.get("choices"), "metavar": f.metadata.get("metavar")}  # fmt: skip
         default = "" if f.default is None else f" (default: {f.default})"
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **kind)
+        parser.add_argument(
+            f"--{f.name}",
+            type=types.get(f.type, f.type),
+            choices=f.metadata["choices"],
+            default=argparse.SUPPRESS,
+            help=f.metadata["help"] + default,
+        )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out_dir")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
-    values = PRESETS[given.get("preset", "default")] | given
-    if values.get("algo") == "grpo" and not given.get("s_inter"):
-        values["s_inter"] = 0
-    settings = Settings(**values)
+    values = (SMOKE if given.get("preset") == "smoke" else {}) | given
+    if values.get("algo") == "grpo":
+        values["s_inter"] = given.get("s_inter", 0)
+    s = Settings(**values)
     for name in ("layer", "site", "s_inter"):
-        if given.get(name) and (settings.algo == "grpo" or settings.s_inter == 0):
-            raise ValueError(f"--{name} {given[name]} is for phase 1, which --algo grpo and --s_inter 0 do not have")
-    return settings, given, resume
+        if given.get(name) and (s.algo == "grpo" or s.s_inter == 0):
+            raise ValueError(
+                f"--{name} {given[name]} is for phase 1, which --algo grpo and --s_inter 0 do not have"
+            )
+    return s, given, resume
 
 
-# ---- files of a run ----------------------------------------------------------------------------------------------
+def layer_number(text: str) -> int | None:
+    """A layer of the command line; "auto" is the paper's rule."""
+    return None if text == "auto" else int(text)
 
-FORMAT = 1  # of checkpoints
+
+def run(s: Settings, given: dict, resume: bool):
+    """The main job, from nothing (or a base, or a checkpoint) to the final table."""
+    device = pick_device(s.device)
+    s.device = device.type  # not "auto", or a resume elsewhere could change it unnoticed
+    torch.set_num_threads(s.threads)
+    out = Path(s.out_dir) if resume else None
+    base = out / "base.pt" if resume and (out / "base.pt").exists() else s.base
+    model = load_model(base, device) if base else None
+    if model is not None:
+        take_sizes(s, given, model, base)
+    job = resumed_job(s, out, model) if resume else None
+    # What can be refused has been refused. From here on files are written.
+    out = out or new_directory(s)
+    s.out_dir = str(out)
+    write_text(out / "config.json", json.dumps(asdict(s), indent=2))
+    stop_on_ctrl_c()
+    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads", flush=True)
+    job = job or new_job(s, out, model, device)
+    first = {record["kind"]: record for record in reversed(job.records)}  # of each kind
+    print_inside(first["internal"], job.target, s)
+    preflight(first["eval"]["tiers"][str(s.n)], s)
+    train(s, job)
+    print_table([record for record in job.records if record["kind"] == "eval"], s)
+    other = "bupo" if s.algo == "grpo" else "grpo"
+    print(f"\nall of it is in {out}; next, see the internal policies as figures:")
+    print(f"  python analyze.py {out}\nand train from the same base with the other algorithm:")
+    print(
+        f"  python train_toy.py --algo {other} --seed {s.seed} --n {s.n} --base {out / 'base.pt'}"
+    )
+
+
+def new_job(s: Settings, out: Path, model, device) -> Job:
+    """A base model (pretrained here unless given), measured, ready for the first step of RL."""
+    records = []
+    if model is None:
+        torch.manual_seed(s.seed)
+        model = GPT(s.model_config()).to(device)
+        pretrain(s, model, records)
+    if not (out / "base.pt").exists():
+        save_checkpoint(out / "base.pt", model)
+    known = single_operations(model, s)
+    if known < KNOWN:
+        print(
+            f"this base gets only {known:.0%} of single operations right (wanted: {KNOWN:.0%}), so RL "
+            "will end lower than it could: try another --seed"
+        )
+    text = own_solutions(model, s)
+    add_record(records, "internal", step=0, **means_inside(model, *text))
+    add_evaluation(records, s, model, step=0)
+    job = Job(out, model, adamw(model, s.lr), Policy(s.layer, s.site), text, records, 0)
+    write_metrics(job)
+    if s.layer is None:
+        try:
+            job.target = Policy(minibupo.target_layer(records[-2]["d_mlp"]), s.site)
+        except ValueError as error:
+            if s.s_inter:
+                base = f"--base {out / 'base.pt'} --layer N"
+                raise ValueError(f"{error}. Choose one: python train_toy.py {base}") from None
+            job.target = FULL  # of GRPO, which has no phase 1; what is logged of it is pi_theta's
+    save_job(job)
+    return job
+
+
+def resumed_settings(given: dict) -> Settings:
+    """The settings of the run in --out_dir. Raises ValueError if there is none, or if an option given
+    by hand differs (--steps may, to go on for longer)."""
+    if "out_dir" not in given:
+        raise ValueError("--resume needs --out_dir, the directory of the run to go on with")
+    s = read_settings(Path(given["out_dir"]))
+    for name, value in given.items():
+        stored = getattr(s, name)
+        if name not in ("out_dir", "steps") and value != stored:
+            raise ValueError(
+                f"--{name} {value} does not match the run in {given['out_dir']}: {stored}"
+            )
+    s.out_dir, s.steps = given["out_dir"], given.get("steps", s.steps)
+    check_settings(s)
+    return s
+
+
+def resumed_job(s: Settings, out: Path, base) -> Job | None:
+    """The job in a run's checkpoint, or None for a run that was stopped before its first one.
+
+    Writes nothing. Raises ValueError for a checkpoint that does not fit the run."""
+    path = out / "ckpt.pt"
+    if not path.exists():
+        if (out / "metrics.jsonl").exists() and read_metrics(out, "step"):
+            raise ValueError(
+                f"{out} has steps of RL in metrics.jsonl, but no ckpt.pt to go on from"
+            )
+        return None
+    if not (out / "base.pt").exists():
+        raise ValueError(f"{out} has no base.pt")
+    text, content, optimizer = own_solutions(base, s), load_checkpoint(path), adamw(base, s.lr)
+    with reading(path):
+        base.load_state_dict(content["model"])
+        load_moments(optimizer, content["optimizer"])
+        for record in content["records"]:
+            check_record(record)
+        job = Job(out, base, optimizer, Policy(*content["target"]), text, content["records"], 0)
+        job.step = content["step"]
+        if not isinstance(job.step, int) or not {"internal", "eval"} <= {
+            r["kind"] for r in job.records
+        }:
+            raise ValueError("it has no step of RL")
+        minibupo.policy_logits(base, text[0], job.target)  # raises for a target that is not there
+    if job.step > s.steps:
+        raise ValueError(f"the run in {out} has done {job.step} steps, more than --steps {s.steps}")
+    return job
+
+
+def take_sizes(s: Settings, given: dict, model: GPT, path):
+    """Set the sizes in s to a base model's. Raises ValueError if one given by hand is another."""
+    for name in ("n_layer", "d_model"):
+        size = getattr(model.cfg, name)
+        if given.get(name, size) != size:
+            raise ValueError(f"--{name} {given[name]} does not match {path}, which has {size}")
+        setattr(s, name, size)
+    check_settings(s)
+
+
+def preflight(tier: dict, s: Settings):
+    """Print whether RL has something to work on. Raises ValueError, with the remedy, if not."""
+    mixed, right = tier["mixed"], tier["pass@1"]
+    print(
+        f"preflight at n = {s.n}: Pass@1 {right:.3f}, Pass@{SAMPLES} {tier[f'pass@{SAMPLES}']:.3f}, "
+        f"groups with mixed outcomes {mixed:.2f}"
+    )
+    if mixed < 0.05:
+        remedy = "shorter problems (--n)" if right < 0.5 else "longer ones (--n) or a larger --skip"
+        raise ValueError(
+            f"only {mixed:.1%} of the groups have mixed outcomes, so there is next to nothing to learn "
+            f"from: try another base (--seed), {remedy}"
+        )
+
+
+def print_inside(inside: dict, target: Policy, s: Settings):
+    """Print the base's internal entropies by layer, and what is optimised when."""
+    log_v = torch.tensor(float(VOCAB_SIZE)).log()
+    print(f"\ninternal entropies of the base, in nats (uniform: log V = {log_v:.2f})")
+    print("layer    H(H^l)  normed    dH_ATTN   dH_FFN  dH_Layer")
+    for l, (raw, normed) in enumerate(zip(inside["layer"], inside["layer_normed"])):
+        changes = [inside[name][l - 1] for name in ("d_attn", "d_mlp", "d_layer")] if l else []
+        mark = "  <- target" if l and l == target.layer and s.s_inter else ""
+        print(f"{l:5d} {raw:9.2f}{normed:8.2f}   " + "".join(f"{d:9.2f}" for d in changes) + mark)
+    phase1 = (
+        f"steps 1..{s.s_inter} optimise {target.site} of layer {target.layer}, the others pi_theta"
+    )
+    print(
+        f"\nBuPO: {phase1}\n" if s.s_inter else f"\nGRPO: all {s.steps} steps optimise pi_theta\n"
+    )
+
+
+def print_table(records: list[dict], s: Settings):
+    """Print the evaluations before and after RL, by length of problem, with examples."""
+    before, after = records[0], records[-1]
+    print(
+        f"\nheld-out problems, {after['problems']} of each length, {SAMPLES} samples of each, in %"
+    )
+    print("(+- standard error; right steps: no line is wrong; length in tokens)\n")
+    heads = "before RL", f"after {after['step']} steps"
+    print(" " * 14 + "".join(f"|{head:^47}" for head in heads))
+    columns = f"{f'Avg@{SAMPLES}':>15}{'right steps':>13}{f'Pass@{SAMPLES}':>9}{'length':>8}  "
+    print(f"{'digits':14}" + f"|{columns}" * 2)
+    for n in s.tiers:
+        cells = []
+        for tier in (before["tiers"][str(n)], after["tiers"][str(n)]):
+            avg, error = 100 * tier[f"avg@{SAMPLES}"], 100 * (tier[f"avg@{SAMPLES}_se"] or 0)
+            steps, passed = 100 * tier["right_steps"], 100 * tier[f"pass@{SAMPLES}"]
+            cells.append(
+                f"|{avg:8.1f} +-{error:4.1f}{steps:13.1f}{passed:9.1f}{tier['length']:8.1f}  "
+            )
+        print(f"n = {n}{' (unseen)' if n > s.n else '':9}" + "".join(cells))
+    for when, record in (("before", before), ("after", after)):
+        print(f"\n{when}:\n" + "\n".join(verdict(*example) for example in record["examples"]))
+
+
+def verdict(problem: str, response: str) -> str:
+    """A problem, a response to it, and whether the answer is right, in one line."""
+    right = "right" if is_right(problem, response) else f"wrong, it is {careful(problem)[-1]}"
+    return f"  {problem}= {response}   ({right})"
+
+
+def progress(name: str, steps: int, done: int = 0):
+    """A progress bar on a terminal; elsewhere report prints lines."""
+    return tqdm(total=steps, initial=done, desc=name, disable=not sys.stderr.isatty())
+
+
+def report(bar, step: int, text: str, every: int):
+    """Show the state of a loop: beside its bar, or as a line in each `every`-th step."""
+    bar.set_postfix_str(text)
+    if bar.disable and step % every == 0:
+        print(f"step {step:4d}  {text}", flush=True)
+
+
+# ---- files of a run: config.json, metrics.jsonl, base.pt, phase1.pt, ckpt.pt ----
+
+FORMAT = 2  # of checkpoints
+
+
+@contextmanager
+def reading(path):
+    """Around all reading of files: what is wrong with their content becomes one sentence."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # torch.load and load_state_dict have one for each kind of damage
+        says = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{path} is damaged or none of ours ({type(error).__name__}: {says})"
+        ) from error
+
+
+def load_checkpoint(path) -> dict:
+    """What save_checkpoint wrote. Raises ValueError, or OSError, saying what is wrong with the file."""
+    with reading(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
+    return content
+
+
+def load_model(path, device="cpu") -> GPT:
+    """The model in a checkpoint. Raises ValueError, or OSError, saying what is wrong with the file."""
+    content = load_checkpoint(path)
+    with reading(path):
+        model = GPT(GPTConfig(**content["model_config"]))
+        model.load_state_dict(content["model"])
+        if model.vocab_size != VOCAB_SIZE:
+            raise ValueError(f"its vocabulary has {model.vocab_size} tokens, the toy {VOCAB_SIZE}")
+    return model.to(device)
+
+
+def load_moments(optimizer, state: dict):
+    """Restore AdamW's moments; its settings stay. Raises ValueError for moments that do not fit, on
+    which the fused step would crash the interpreter."""
+    parameters = optimizer.param_groups[0]["params"]
+    for i, moments in state.items():
+        shape = tuple(parameters[i].shape)
+        found = {name: tuple(moment.shape) for name, moment in moments.items()}
+        if found != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError(f"moments of parameter {i} are {found}, the parameter is {shape}")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def save_checkpoint(path: Path, model: GPT, **more):
+    """Write a model and whatever `more` holds, plain types and tensors only. Raises
+    FloatingPointError, and leaves the file as it was, if a weight is not finite."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError("the weights are no longer finite")
+    config = asdict(model.cfg)
+    content = {"format": FORMAT, "model_config": config, "model": model.state_dict(), **more}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def save_job(job: Job):
+    """ckpt.pt: all that the steps to come depend on."""
+    moments = job.optimizer.state_dict()["state"]
+    more = dict(step=job.step, target=list(job.target), optimizer=moments, records=job.records)
+    save_checkpoint(job.out / "ckpt.pt", job.model, **more)
+
+
+def write_metrics(job: Job):
+    """metrics.jsonl: all records, one JSON object a line."""
+    write_text(job.out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in job.records))
+
+
+def write_text(path: Path, text: str):
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write):
@@ -326,421 +839,66 @@ def write_atomically(path: Path, write):
     os.replace(temporary, path)
 
 
-def save_checkpoint(path: Path, model: GPT, **more):
-    """Write a model (configuration and weights) and whatever `more` holds, plain types and tensors only. Raises
-    FloatingPointError, and leaves the file as it was, if a weight is not finite."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise FloatingPointError("the weights are no longer finite")
-    content = {"format": FORMAT, "model_config": asdict(model.cfg), "model": model.state_dict(), **more}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-
-def load_checkpoint(path) -> dict:
-    """Read what save_checkpoint wrote. Raises ValueError, or OSError, saying what is wrong with the file."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load has a different exception for every way in which a file can be broken
-        raise ValueError(f"{path} is damaged or not a minibupo checkpoint") from error
-    if not isinstance(content, dict) or not {"format", "model_config", "model"} <= content.keys():
-        raise ValueError(f"{path} is not a minibupo checkpoint")
-    if content["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {content['format']}; this version reads {FORMAT}")
-    return content
-
-
-def restore(path, content: dict, model, optimizer):
-    """Put a checkpoint's weights and optimizer state into these. Raises ValueError if they do not fit."""
-    try:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit the model that config.json and base.pt describe") from error
-
-
-def load_model(path, device="cpu", context_length: int | None = None) -> GPT:
-    """The model in a checkpoint (base.pt, phase1.pt, ckpt.pt). Its context can be made longer: positions are rotary, so
-    no weight depends on it. Raises ValueError, or OSError, saying what is wrong with the file."""
-    content = load_checkpoint(path)
-    try:
-        config = GPTConfig(**content["model_config"])
-        config.context_length = max(config.context_length, context_length or 0)
-        model = GPT(config)
-        model.load_state_dict(content["model"])
-    except Exception as error:
-        raise ValueError(f"{path} holds weights that do not fit its configuration") from error
-    if config.vocab_size != VOCAB_SIZE:
-        raise ValueError(f"{path} has a vocabulary of {config.vocab_size} tokens; the toy task has {VOCAB_SIZE}")
-    return model.to(device)
-
-
-class Metrics:
-    """metrics.jsonl: one JSON object a line, each written at once."""
-
-    def __init__(self, path: Path, keep_bytes: int):
-        """Open for appending behind the first keep_bytes bytes; what a stopped run wrote behind its last checkpoint goes."""
-        size = path.stat().st_size if path.exists() else 0
-        if size < keep_bytes:
-            raise ValueError(f"{path} has {size} bytes, less than the {keep_bytes} that the checkpoint beside it knows of")
-        self.file = open(path, "r+b" if path.exists() else "w+b")
-        self.file.truncate(keep_bytes)
-        self.file.seek(keep_bytes)
-
-    def write(self, kind: str, **values):
-        """Append {"kind": kind, **values}. Raises FloatingPointError for NaN or infinity, which JSON does not have."""
-        try:
-            line = json.dumps({"kind": kind, **values}, allow_nan=False)
-        except ValueError as error:
-            raise FloatingPointError(f"a measurement of step {values['step']} is not finite") from error
-        self.file.write(line.encode() + b"\n")
-        self.file.flush()
-
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self.file.tell()
-
-
 def read_settings(run: Path) -> Settings:
     """The settings in a run's config.json. Raises ValueError for a directory that is no run."""
-    path = run / "config.json"
-    if not path.exists():
+    if not (run / "config.json").is_file():
         raise ValueError(f"{run} holds no run: it has no config.json")
-    try:
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    with reading(run / "config.json"):
+        return Settings(**json.loads((run / "config.json").read_text(encoding="utf-8")))
 
 
 def read_metrics(run: Path, kind: str) -> list[dict]:
-    """All records of one kind in a run's metrics.jsonl. Raises ValueError naming the line that is none."""
-    records = []
-    for number, line in enumerate((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            if record["kind"] == kind:
-                records.append(record)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{run / 'metrics.jsonl'}, line {number} is not a record of a run: {line[:60]!r}") from error
-    return records
+    """All records of one kind in a run's metrics.jsonl. Raises ValueError for a line that is none."""
+    path = run / "metrics.jsonl"
+    with reading(path):
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            check_record(record)
+    return [record for record in records if record["kind"] == kind]
 
 
-# ---- the base model ----------------------------------------------------------------------------------------------
-
-PRETRAIN, PROBLEMS, SAMPLE, SHUFFLE, EVALUATE, PROBE = range(6)  # what random numbers are for
-
-
-def numpy_rng(*key: int):
-    """A numpy generator that depends on the key (seed, purpose, step, ...) alone."""
-    return np.random.default_rng(key)
-
-
-def torch_rng(device, *key: int):
-    """The same for torch, on a device."""
-    return torch.Generator(device).manual_seed(int(numpy_rng(*key).integers(2**62)))
+BY_LAYER = ("layer", "layer_normed", "layer_matched", "d_attn", "d_mlp", "d_layer", "cos_layer")
+FIELDS = {  # what is read of a record, by its kind; add_record's callers write more
+    "pretrain": ("step", "loss", "single_operations"),
+    "step": ("step", "reward", "policy_entropy", "length", "grad_norm"),
+    "internal": ("step", "perplexity", *BY_LAYER),
+    "eval": ("step", "problems", "tiers", "examples"),
+}
 
 
-def pretraining_batch(s: Settings, step: int, length: int):
-    """Rows of `length` tokens, each a solution of 2, 3, .. n digits in random order, cut off at the end: tokens
-    (B, length) and whether each is a token of a response (B, length), as arrays.
-
-    Rows are packed not only to pad nothing. A model that meets each problem at the start of its row learns where the
-    first line's operands stand and is lost on the second line; packed, it has to look behind the last `=`. And the
-    solutions are careful at first and grow sloppy later, up to step s.sloppy_from: while any line may follow, the
-    result of an operation is one of several right tokens, and operations are learned much more slowly.
-    """
-    rng, tokens, order, response = numpy_rng(s.seed, PRETRAIN, step), [], [], []
-    skip = s.skip * min(1.0, max(0.0, 2 * step / s.sloppy_from - 1))
-    for n in range(2, s.n + 1):
-        solved, end = worked_solutions(draw_problems(rng, s.pretrain_batch, n), rng, skip)
-        t = np.arange(solved.shape[1])
-        inside = t < end[:, None]
-        tokens.append(solved)
-        order.append(np.where(inside, rng.random((s.pretrain_batch, 1)), 2.0))  # one number a solution, padding last
-        response.append(inside & (t >= 2 * n))
-    order = np.argsort(np.concatenate(order, axis=1), axis=1, kind="stable")[:, :length]
-    return tuple(np.take_along_axis(np.concatenate(parts, axis=1), order, axis=1) for parts in (tokens, response))
+def add_record(records: list, kind: str, **values):
+    """Append {"kind": kind, **values}. Raises FloatingPointError for NaN, which JSON does not have."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except ValueError:
+        raise FloatingPointError(f"a measurement of step {values['step']} is not finite") from None
+    records.append({"kind": kind, **values})
 
 
-@torch.no_grad()
-def single_operation_accuracy(model, s: Settings, device) -> float:
-    """How well single operations are known: along careful solutions of held-out problems with n digits, the share of
-    lines whose first token (the result of one operation) is the most likely one. Jumps, which the model has seen as
-    well, spread over many tokens and do not hide it."""
-    tokens, end = worked_solutions(draw_problems(numpy_rng(0, PRETRAIN), 128, s.n, "eval"))
-    tokens = torch.tensor(tokens, device=device)
-    starts = tokens[:, :-1] == EQUALS
-    return float((model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:])[starts].float().mean())
-
-
-def pretrain(s: Settings, out: Path, model, device, state, metrics: Metrics, stop):
-    """Teach the base model sloppy solutions until single operations are known. `state` is a checkpoint's, or None.
-
-    Not a fixed number of steps: seeds differ in when the operations click, and RL can improve only a model that gets
-    some answers right. Nor much longer: a base that has learned to jump leaves RL little to discover.
-    """
-    optimizer = adamw(model, s.pretrain_lr, weight_decay=0.1, beta2=0.98)
-    step, known = 0, 0.0
-    if state:
-        restore(out / "ckpt.pt", state, model, optimizer)
-        step, known = state["step"], state["known"]
-
-    def save():
-        save_checkpoint(out / "ckpt.pt", model, stage="pretrain", step=step, known=known,
-                        optimizer=optimizer.state_dict(), metrics_bytes=metrics.size())  # fmt: skip
-
-    bar = progress(range(step, s.pretrain_max_steps), "pretraining", step)
-    started = time.perf_counter()
-    while step < s.pretrain_max_steps and (known < s.pretrain_until or step < s.sloppy_from):
-        step += 1
-        batch = pretraining_batch(s, step, model.cfg.context_length)
-        tokens, response = (torch.tensor(a, device=device) for a in batch)
-        loss = F.cross_entropy(model(tokens[:, :-1])[response[:, 1:]], tokens[:, 1:][response[:, 1:]])
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = s.pretrain_lr * min(1.0, step / 50)  # warm-up
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        bar.update()
-        if step % 50 == 0:
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss {loss.item()} in step {step} of pretraining")
-            known = single_operation_accuracy(model, s, device)
-            report(bar, step, f"loss {loss.item():.2f}  single operations right {known:.2f}", every=100)
-            metrics.write("pretrain", step=step, loss=loss.item(), single_operations=known)
-            save()
-        if stop.is_set():
-            save()
-            raise KeyboardInterrupt
-    bar.close()
-    print(f"base model: {step} steps in {time.perf_counter() - started:.0f} s, single operations right {known:.2f}")
-    save_checkpoint(out / "base.pt", model, seed=s.seed, step=step, n=s.n)
-
-
-def adamw(model, lr, weight_decay, beta2=0.999):
-    """AdamW; one fused call a step where the device has it."""
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), fused=fused)
-
-
-# ---- evaluation and probes -----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(model, s: Settings, tiers, problems: int, device) -> tuple[dict, list[str]]:
-    """Sample at temperature 1 on held-out problems, the same ones whenever it is called with one seed.
-
-    Returns per tier "avg@K", its standard error over problems "avg@K_se", "pass@1".."pass@K" (unbiased, K doubling),
-    share of problems with mixed outcomes "mixed", mean "length", share "cut_off" by the limit, share "correct_steps"
-    of responses with correct steps throughout; and three problems of tier n with a response each."""
-    K, results, examples = s.eval_samples, {}, []
-    for n in tiers:
-        expr = draw_problems(numpy_rng(s.seed, EVALUATE, n), problems, n, "eval")
-        answer = worked_lines(expr)[-1][:, 0]
-        right, length, cut_off, steps = [], [], [], []
-        generator = torch_rng(device, s.seed, EVALUATE, n)
-        for chunk in np.array_split(np.arange(problems), -(-problems // 128)):
-            sampled = model.generate(torch.tensor(prompts(expr[chunk]), device=device), s.response_limit, num_samples=K,
-                                     eos_id=EOS, pad_id=PAD, generator=generator)  # fmt: skip
-            answers = torch.tensor(answer[chunk], device=device).repeat_interleave(K)
-            right.append(reward(sampled.tokens, sampled.end, answers).view(-1, K).cpu())
-            length.append((sampled.end - sampled.prompt_len).float().cpu())
-            cut_off.append(ended_by_limit(sampled).cpu())
-            texts = [decode(row[:end]) for row, end in zip(sampled.tokens[::K].tolist(), sampled.end[::K].tolist())]
-            steps += map(correct_steps, texts)
-            if n == s.n and len(examples) < 3:
-                examples += texts[:3]
-        right = torch.cat(right).double()  # (problems, K)
-        counts = right.sum(1).long().numpy()
-        results[str(n)] = {
-            f"avg@{K}": minibupo.avg_at_k(right),
-            f"avg@{K}_se": float(right.mean(1).std() / problems**0.5) if problems > 1 else None,
-            **{f"pass@{k}": float(minibupo.pass_at_k(K, counts, k).mean()) for k in (2**i for i in range(K.bit_length()))},
-            "mixed": float(((counts > 0) & (counts < K)).mean()),
-            "length": float(torch.cat(length).mean()),
-            "cut_off": float(torch.cat(cut_off).float().mean()),
-            "correct_steps": float(np.mean(steps)),
-        }
-    return results, examples
-
-
-def ended_by_limit(sampled):
-    """Which responses (N,) of a Generation have no EOS at their end."""
-    return sampled.tokens.gather(1, sampled.end[:, None] - 1)[:, 0] != EOS
-
-
-@torch.no_grad()
-def make_probe(model, s: Settings, device, problems=64):
-    """Held-out problems with a model's own solutions, tokens (P, T) and response mask (P, T-1). Those of the base are
-    the fixed text on which the internal policies are looked at as training goes on."""
-    expr = draw_problems(numpy_rng(s.seed, PROBE), problems, s.n, "eval")
-    sampled = model.generate(torch.tensor(prompts(expr), device=device), s.response_limit, eos_id=EOS, pad_id=PAD,
-                            generator=torch_rng(device, s.seed, PROBE))  # fmt: skip
-    return sampled.tokens, response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
-
-
-@torch.no_grad()
-def look_inside(model, tokens, mask) -> dict:
-    """Means over response positions of all internal entropies (nats), entropy changes, cosines and sizes of the stream,
-    each a list by layer, and the perplexity of these tokens under pi_theta."""
-    entropies = minibupo.internal_entropies(model, tokens, mask, final_norm=model.final_norm)
-    entropies |= minibupo.entropy_changes(entropies)
-    cosines = minibupo.residual_cosines(model, tokens, mask)
-    sizes = minibupo.residual_rms(model, tokens, mask)
-    named = entropies | {f"cos_{k}": v for k, v in cosines.items()} | {f"rms_{k}": v for k, v in sizes.items()}
-    logp = minibupo.token_logprobs(model, tokens, mask)[mask]
-    return {name: value.mean(1).tolist() for name, value in named.items()} | {"perplexity": float((-logp.cpu().double().mean()).exp())}
-
-
-# ---- GRPO and BuPO (Algorithm 1) ----------------------------------------------------------------------------------
-
-
-def draw_questions(rng, count: int, n: int):
-    """`count` training problems of 3, 4, .. n digits in shares of 1 : 2 : .. : n - 2, since longer ones take more learning:
-    prompts (count, 2n) padded on the right, their lengths (count,) and answers (count,), as arrays."""
-    tokens, prompt_len, answers = np.full((count, 2 * n), PAD), np.empty(count, int), np.empty(count, int)
-    shares = np.cumsum(np.arange(1, n - 1))
-    cuts = np.round(count * shares[:-1] / shares[-1]).astype(int)
-    for k, rows in enumerate(np.split(np.arange(count), cuts), 3):
-        expr = draw_problems(rng, len(rows), k)
-        tokens[rows, : 2 * k], prompt_len[rows], answers[rows] = prompts(expr), 2 * k, worked_lines(expr)[-1][:, 0]
-    return tokens, prompt_len, answers
-
-
-def training_problems(s: Settings, step: int):
-    """The questions of step 1, 2, .. of RL, as draw_questions gives them: new ones, or with s.train_problems the same ones
-    again and again, each once before any comes again, in an order that changes."""
-    if not s.train_problems:
-        return draw_questions(numpy_rng(s.seed, PROBLEMS, step), s.questions, s.n)
-    P, places = s.train_problems, np.arange((step - 1) * s.questions, step * s.questions)
-    orders = {epoch: numpy_rng(s.seed, PROBLEMS, 0, epoch).permutation(P) for epoch in set(places // P)}
-    rows = [orders[place // P][place % P] for place in places]
-    return tuple(array[rows] for array in draw_questions(numpy_rng(s.seed, PROBLEMS, 0), P, s.n))
-
-
-def rl_step(s: Settings, model, optimizer, policy: Policy, target: Policy, step: int, device) -> dict:
-    """One step of Algorithm 1: questions, rollouts from pi_theta, rewards, an update of `policy`. Returns the log."""
-    started = time.perf_counter()
-    questions, prompt_len, answers = (torch.tensor(a, device=device) for a in training_problems(s, step))
-    sampled = model.generate(questions, s.response_limit, prompt_len=prompt_len, num_samples=s.group, temperature=s.temperature,
-                             eos_id=EOS, pad_id=PAD, layer=policy.layer, site=policy.site,
-                             generator=torch_rng(device, s.seed, SAMPLE, step))  # fmt: skip
-    rewards = reward(sampled.tokens, sampled.end, answers.repeat_interleave(s.group)).view(s.questions, s.group)
-    record = describe(model, sampled, rewards, policy, target)
-    old_logp = sampled.logprobs if policy == FULL else sampled.layer_logprobs
-    record |= minibupo.update(
-        model, optimizer, Rollouts(sampled.tokens, sampled.prompt_len, sampled.end, old_logp, rewards), policy,
-        minibatches=s.minibatches, advantage=s.advantage, clip=s.clip, average=s.average, temperature=s.temperature, chunk=s.chunk,
-        generator=torch_rng("cpu", s.seed, SHUFFLE, step),
-    )  # fmt: skip
-    return record | {"seconds": time.perf_counter() - started}
-
-
-def train(s: Settings, out: Path, model, target: Policy, optimizer, done: int, probe, device, metrics: Metrics, stop):
-    """Steps done+1..s.steps of Algorithm 1, with evaluations, probes and checkpoints."""
-    bar = progress(range(done, s.steps), s.algo, done)
-    for step in range(done + 1, s.steps + 1):
-        policy = minibupo.policy_at(step, s.s_inter, target)  # Eq. 11
-        if step == s.s_inter + 1:
-            optimizer.state.clear()  # phase 1's moments are of another, larger gradient and would hold phase 2 back
-        for group in optimizer.param_groups:  # smaller steps late, when a handful of mixed groups decides on the gradient
-            group["lr"] = s.lr * min(1.0, s.lr_steps / step)
-        record = rl_step(s, model, optimizer, policy, target, step, device)
-        metrics.write("step", step=step, **record)
-        bar.update()
-        line = "{phase:8}  reward {reward:.3f}  entropy {policy_entropy:.3f}  length {length:.1f}  clipped {clip_fraction:.4f}"
-        report(bar, step, (line + "  gradient {grad_norm:.2f}").format(**record), every=5)
-        if step % s.probe_every == 0 or step in (s.s_inter, s.steps):
-            metrics.write("internal", step=step, **look_inside(model, *probe))
-        if step % s.eval_every == 0 or step == s.steps:
-            problems = s.eval_problems if step == s.steps else -(-s.eval_problems // 4)
-            results, examples = evaluate(model, s, s.tiers, problems, device)
-            metrics.write("eval", step=step, problems=problems, tiers=results, examples=examples)
-            if step < s.steps:  # the last one is in the final table
-                accuracy = "  ".join(f"n = {n}: {tier[f'avg@{s.eval_samples}']:.3f}" for n, tier in results.items())
-                tqdm.write(f"evaluation at step {step}, Avg@{s.eval_samples}  {accuracy}\n{show_examples(examples)}")
-        if step == s.s_inter:
-            save_checkpoint(out / "phase1.pt", model, step=step)
-        if step % s.save_every == 0 or step == s.steps or stop.is_set():
-            save_run(out, model, optimizer, step, target, metrics)
-        if stop.is_set() and step < s.steps:
-            raise KeyboardInterrupt
-    bar.close()
-
-
-def save_run(out, model, optimizer, step, target, metrics):
-    """ckpt.pt: all that the steps after `step` depend on."""
-    save_checkpoint(out / "ckpt.pt", model, stage="rl", step=step, target=list(target),
-                    optimizer=optimizer.state_dict(), metrics_bytes=metrics.size())  # fmt: skip
-
-
-@torch.no_grad()
-def describe(model, sampled, rewards, policy, target) -> dict:
-    """What a step's log says of its rollouts, before the update. Entropies (nats, temperature 1) are taken on one
-    response of each group."""
-    length, cut_off = (sampled.end - sampled.prompt_len).float(), ended_by_limit(sampled)
-    G = rewards.shape[1]
-    tokens = sampled.tokens[::G]
-    mask = response_mask(sampled.prompt_len[::G], sampled.end[::G], tokens.shape[1])
-    right = rewards.mean(1)
-    record = {
-        "phase": "policy" if policy == FULL else "internal",
-        "reward": float(rewards.mean()),
-        "groups_right": float((right == 1).float().mean()),
-        "groups_wrong": float((right == 0).float().mean()),
-        "groups_mixed": float(((right > 0) & (right < 1)).float().mean()),
-        "length": float(length.mean()),
-        "length_ended": None if cut_off.all() else float(length[~cut_off].mean()),
-        "cut_off": float(cut_off.float().mean()),
-        "policy_entropy": float(minibupo.entropy(minibupo.policy_logits(model, tokens[:, :-1], FULL, mask)).mean()),
-        "layer_entropy": float(minibupo.entropy(minibupo.policy_logits(model, tokens[:, :-1], target, mask)).mean()),
-    }
-    if policy != FULL:  # how far the samples are from the policy that they train
-        everywhere = response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
-        record["layer_log_ratio"] = float((sampled.layer_logprobs - sampled.logprobs)[everywhere].mean())
-    return record
-
-
-# ---- the main job ------------------------------------------------------------------------------------------------
-
-
-def progress(steps, name, done):
-    """A progress bar on a terminal; `report` prints lines elsewhere."""
-    return tqdm(total=done + len(steps), initial=done, desc=name, disable=not sys.stderr.isatty())
-
-
-def report(bar, step, text, every):
-    """Show the state of a running loop: beside its bar, or as a plain line in each `every`-th step."""
-    bar.set_postfix_str(text)
-    if bar.disable and step % every == 0:
-        print(f"step {step:4d}  {text}", flush=True)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of an option value. Raises ValueError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(d for d in there if there[d])
-    if not there[name]:
-        raise ValueError(f"device {name} is not available here, only {', '.join(d for d in there if there[d])}")
-    return torch.device(name)
-
-
-def computing_in(precision: str, device):
-    """A context in which matrix products are computed in that precision; weights, norms, softmax and optimizer stay in
-    float32. Casts are not cached: a cached one would outlive the optimizer step that changes its weight."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+def check_record(record: dict):
+    """Raise ValueError, or TypeError or KeyError, for what add_record cannot have written."""
+    for name in FIELDS[record["kind"]]:
+        value = record[name]
+        if name == "tiers":
+            numbers = [x for tier in value.values() for x in tier.values() if x is not None]
+        elif name == "examples":
+            numbers = [len(verdict(*example)) for example in value]
+        else:
+            numbers = value if name in BY_LAYER else [value]
+        if not all(isinstance(x, int | float) for x in numbers) or isinstance(numbers, str):
+            raise ValueError(f"{name} of a record cannot be {value!r}")
 
 
 def new_directory(s: Settings) -> Path:
-    """The run's directory, made: out_dir, or out/ALGO-seedSEED with the first free number behind it. Raises ValueError
-    for one that holds something."""
+    """The run's directory, made: out_dir, or the first free one of out/ALGO-seedSEED, ..-2, ..-3.
+
+    Raises ValueError for one that holds something."""
     if s.out_dir is not None:
         out = Path(s.out_dir)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is not empty: choose another --out_dir, or add --resume to go on with the run in it")
+            raise ValueError(
+                f"{out} is not empty: choose another --out_dir, or --resume the run in it"
+            )
         out.mkdir(parents=True, exist_ok=True)
         return out
     number = 1
@@ -753,191 +911,57 @@ def new_directory(s: Settings) -> Path:
             number += 1
 
 
-def resumed_settings(given: dict) -> Settings:
-    """The settings of the run in --out_dir. Raises ValueError if there is none, or if an option given by hand differs
-    (--steps may, to go on for longer)."""
-    if "out_dir" not in given:
-        raise ValueError("--resume needs --out_dir, the directory of the run to go on with")
-    stored = read_settings(Path(given["out_dir"]))
-    for name, value in given.items():
-        if name not in ("out_dir", "steps") and value != getattr(stored, name):
-            raise ValueError(f"--{name} {value} does not match the run in {given['out_dir']}, which has {getattr(stored, name)}")
-    stored.out_dir, stored.steps = given["out_dir"], given.get("steps", stored.steps)
-    stored.__post_init__()
-    return stored
+# ---- devices, Ctrl-C, main ----
 
 
-def with_base(s: Settings, given: dict, base: GPT) -> Settings:
-    """Settings with the sizes of a base model. Raises ValueError if a size given by hand is another."""
-    sizes = {name: getattr(base.cfg, name) for name in ("n_layer", "d_model", "n_head", "qk_norm", "tied")}
-    for name, value in sizes.items():
-        if given.get(name, value) != value:
-            raise ValueError(f"--{name} {given[name]} does not match {s.base}, which has {value}")
-        setattr(s, name, value)
-    return s
+def pick_device(name: str) -> torch.device:
+    """The device of an option value; auto is cuda, or else cpu. Raises ValueError for one that is not
+    there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        available = ", ".join(device for device in there if there[device])
+        raise ValueError(f"device {name} is not available here, only {available}")
+    return torch.device(name)
 
 
-def check_layer(s: Settings):
-    """Raise ValueError unless the layer of phase 1 is below the top layer of the model."""
-    if s.layer != "auto" and not 1 <= s.layer < s.n_layer:
-        raise ValueError(f"layer must be auto or in 1..{s.n_layer - 1}, since the model has {s.n_layer} layers, not {s.layer} "
-                         "(layers count from 1; the official scripts' k is this number less 1)")  # fmt: skip
+def adamw(model, lr: float, weight_decay=0.01, betas=(0.9, 0.999)):
+    """AdamW; one fused call a step where the device has it."""
+    options = dict(
+        weight_decay=weight_decay, betas=betas, fused=model.device.type in ("cpu", "cuda")
+    )
+    return torch.optim.AdamW(model.parameters(), lr=lr, **options)
 
 
-def preflight(tier: dict, s: Settings):
-    """Print whether RL has something to work on. Raises ValueError, with the remedy, if it has not."""
-    K = s.eval_samples
-    print(f"preflight at n = {s.n}: Pass@1 {tier['pass@1']:.3f}, Pass@{K} {tier[f'pass@{2 ** (K.bit_length() - 1)}']:.3f}, "
-          f"groups with mixed outcomes {tier['mixed']:.2f}")  # fmt: skip
-    if tier["mixed"] < 0.05:
-        remedy = ("pretrain further (--pretrain_until, --pretrain_max_steps) or take shorter problems (--n)" if tier["pass@1"] < 0.5
-                  else "take longer problems (--n) or a sloppier base (--skip)")  # fmt: skip
-        raise ValueError(f"only {tier['mixed']:.1%} of the groups have mixed outcomes, so there is next to nothing to learn from: {remedy}")
+def set_learning_rate(optimizer, lr: float):
+    """Set the rate of the optimizer steps to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
-def print_table(records: list[dict], s: Settings):
-    """Print the evaluations before and after RL, by tier, with examples."""
-    before, after, K = records[0], records[-1], s.eval_samples
-    k = 2 ** (K.bit_length() - 1)
-    print(f"\nheld-out problems, {after['problems']} a tier, {K} samples each at temperature 1 (+- standard error)\n")
-    print(f"{'':14}|{'before RL':^36}|{'after ' + str(after['step']) + ' steps':^36}")
-    print(f"{'digits':14}|" + f"{f'Avg@{K}':>16}{f'Pass@{k}':>9}{'length':>8}   |" * 2)
-    for n in s.tiers:
-        cells = []
-        for tier in (before["tiers"][str(n)], after["tiers"][str(n)]):
-            error = tier[f"avg@{K}_se"] or 0
-            cells.append(f"{100 * tier[f'avg@{K}']:8.1f} +-{100 * error:4.1f} %{100 * tier[f'pass@{k}']:7.1f} %{tier['length']:8.1f}   ")
-        print(f"n = {n}{' (unseen)' if n > s.n else '':9}|" + "|".join(cells) + "|")
-    print(f"\nbefore:\n{show_examples(before['examples'])}\nafter:\n{show_examples(after['examples'])}")
-
-
-def show_examples(texts: list[str]) -> str:
-    """Problems with their sampled responses, a line each, and whether the answer is right."""
-    lines = []
-    for text in texts:
-        problem, _, response = text.partition("=")
-        answer = decode(worked_lines(np.array([encode(problem)]))[-1][0])
-        verdict = "right" if response.split("=")[-1] == answer + "<eos>" else f"wrong, it is {answer}"
-        lines.append(f"  {problem}= {response}   ({verdict})")
-    return "\n".join(lines)
-
-
-def read_state(s: Settings, out: Path) -> dict | None:
-    """The checkpoint that a run is to go on from; None if it was stopped before its first one. Raises ValueError for
-    a file that is none, or one with more steps behind it than s.steps."""
-    path = out / "ckpt.pt"
-    if not path.exists():
-        return None
-    state = load_checkpoint(path)
-    needed = {"stage", "step", "optimizer", "metrics_bytes", "target" if state.get("stage") == "rl" else "known"}
-    if not needed <= state.keys():
-        raise ValueError(f"{path} holds a model but no state of a run to go on with")
-    if state["stage"] == "rl" and state["step"] > s.steps:
-        raise ValueError(f"the run in {out} has done {state['step']} steps already, more than --steps {s.steps}")
-    return state
-
-
-def measure_base(s: Settings, model, probe, device, metrics: Metrics) -> Policy:
-    """Write down the base model's internal policies and accuracy; returns the policy that phase 1 is to optimise."""
-    inside = look_inside(model, *probe)
-    results, examples = evaluate(model, s, s.tiers, s.eval_problems, device)
-    metrics.write("internal", step=0, **inside)
-    metrics.write("eval", step=0, problems=s.eval_problems, tiers=results, examples=examples)
-    return Policy(minibupo.target_layer(inside["d_mlp"]) if s.layer == "auto" else s.layer, s.site)
-
-
-def learn(s: Settings, out: Path, base, state, device, metrics: Metrics, stop):
-    """Pretraining (or a base that is there), a look at the base, RL; or what of it a checkpoint's `state` leaves to do."""
-    context = s.model_config().context_length
-    in_rl = state is not None and state["stage"] == "rl"
-    if not in_rl and s.base:
-        save_checkpoint(out / "base.pt", base or load_model(s.base, device, context))
-    elif not in_rl:
-        torch.manual_seed(s.seed)
-        pretrain(s, out, GPT(s.model_config()).to(device), device, state, metrics, stop)
-    model = load_model(out / "base.pt", device, context)
-    probe = make_probe(model, s, device)
-    optimizer = adamw(model, s.lr, s.weight_decay)
-    if in_rl:
-        restore(out / "ckpt.pt", state, model, optimizer)
-        target, done = Policy(*state["target"]), state["step"]
-    else:
-        target, done = measure_base(s, model, probe, device, metrics), 0
-        save_run(out, model, optimizer, 0, target, metrics)
-
-    print_entropies(read_metrics(out, "internal")[0], target, s)
-    preflight(read_metrics(out, "eval")[0]["tiers"][str(s.n)], s)
-    train(s, out, model, target, optimizer, done, probe, device, metrics, stop)
-
-
-def run(s: Settings, given: dict, resume: bool):
-    """The main job, from nothing (or a base, or a checkpoint) to the final table."""
-    device = pick_device(s.device)
-    torch.set_num_threads(s.threads)
-    base, context = None, s.model_config().context_length
-    if s.base and not resume:
-        base = load_model(s.base, device, context)
-        s = with_base(s, given, base)
-    check_layer(s)
-    out = Path(s.out_dir) if resume else new_directory(s)
-    state = read_state(s, out) if resume else None
-    s.out_dir = str(out)
-    config = json.dumps(asdict(s), indent=2)
-    write_atomically(out / "config.json", lambda temporary: temporary.write_text(config, encoding="utf-8"))
-    stop = stop_on_ctrl_c()
-    metrics = Metrics(out / "metrics.jsonl", state["metrics_bytes"] if state else 0)
-    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads", flush=True)
-
-    with computing_in(s.precision, device):
-        learn(s, out, base, state, device, metrics, stop)
-    print_table(read_metrics(out, "eval"), s)
-    print(f"\nall of it is in {out}; next, see the internal policies as figures:\n  python analyze.py {out}\n"
-          f"and train with the other algorithm, from the same base and on the same problems:\n  {other_command(s)}")  # fmt: skip
-
-
-def other_command(s: Settings) -> str:
-    """The command line that runs the other algorithm with otherwise the same options, from the same base."""
-    defaults = Settings(**PRESETS[s.preset])
-    of_the_base = ("n_layer", "d_model", "n_head", "qk_norm", "tied", "skip", "sloppy_from", "seed")
-    words = ["python train_toy.py --algo", "grpo" if s.algo == "bupo" else "bupo", f"--seed {s.seed}"]
-    words += [f"--preset {s.preset}"] if s.preset != "default" else []
-    for f in fields(s):
-        own = f.name in (*of_the_base, "algo", "layer", "site", "s_inter", "out_dir", "base", "preset") or f.name.startswith("pretrain")
-        if not own and getattr(s, f.name) != getattr(defaults, f.name):
-            words.append(f"--{f.name} {getattr(s, f.name)}")
-    return " ".join([*words, f"--base {Path(s.out_dir) / 'base.pt'}"])
-
-
-def print_entropies(inside: dict, target: Policy, s: Settings):
-    """Print the base model's internal entropies by layer, and what is optimised when."""
-    print(f"\ninternal entropies of the base, in nats (uniform: log V = {np.log(VOCAB_SIZE):.2f})")
-    print("layer    H(H^l)  normed    dH_ATTN   dH_FFN  dH_Layer")
-    print(f"{0:5d} {inside['layer'][0]:9.2f}{inside['layer_normed'][0]:8.2f}")
-    for l in range(1, s.n_layer + 1):
-        mark = "  <- target" if l == target.layer and s.algo == "bupo" else ""
-        print(f"{l:5d} {inside['layer'][l]:9.2f}{inside['layer_normed'][l]:8.2f}   "
-              + "".join(f"{inside[name][l - 1]:9.2f}" for name in ("d_attn", "d_mlp", "d_layer")) + mark)  # fmt: skip
-    if s.s_inter:
-        print(f"\nBuPO: steps 1..{s.s_inter} optimise {target.site} of layer {target.layer}, the others pi_theta\n")
-    else:
-        print(f"\nGRPO: all {s.steps} steps optimise pi_theta\n")
+STOP = threading.Event()  # set by the first Ctrl-C
 
 
 def stop_on_ctrl_c():
-    """An event that the first Ctrl-C sets, so that the step under way is finished and saved; a second one interrupts."""
-    stop = threading.Event()
+    """The first Ctrl-C lets the step of RL under way end and be saved; a second one interrupts."""
 
     def handler(*_):
-        stop.set()
+        STOP.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    STOP.clear()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, handler)
-    return stop
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 1 for NaN, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 1 for NaN, 130
+    for Ctrl-C."""
     s = None
     try:
         s, given, resume = parse_options(argv)
@@ -952,8 +976,8 @@ def main(argv=None) -> int:
         print(f"train_toy.py: {error}; stopped, the last checkpoint is as it was", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        saved = s and s.out_dir
-        print(f"\nstopped{f' and saved; go on with: python train_toy.py --resume --out_dir {s.out_dir}' if saved else ''}", file=sys.stderr)
+        command = f"python train_toy.py --resume --out_dir {s.out_dir}"
+        print(f"\nstopped; go on with: {command}", file=sys.stderr)
         return 130
 
 
