@@ -6,12 +6,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train_toy as toy  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-TINY = ["--n", "3", "--n_layer", "3", "--d_model", "32", "--pretrain_max_steps", "100", "--pretrain_batch", "32", "--sloppy_from", "60", "--questions", "8",
-        "--minibatches", "2", "--steps", "6", "--s_inter", "3", "--lr_steps", "4", "--eval_problems", "24", "--eval_samples", "4", "--eval_every", "4",
-        "--probe_every", "2", "--save_every", "2", "--threads", "1", "--layer", "2", "--device", "cpu"]  # fmt: skip
+# RL of a few seconds: 12 steps, of which 3 are phase 1 at layer 2, with the model of `base`
+TINY = "--n 3 --questions 8 --steps 12 --s_inter 3 --layer 2 --eval_problems 16".split()
+TINY += "--threads 1 --device cpu".split()
 
 
 def tiny(seed=0, dtype=torch.float32, **changes):
@@ -32,9 +31,25 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A whole tiny run of train_toy.py, never stopped. Not to be written to."""
+def base(tmp_path_factory):
+    """base.pt of a small model, pretrained for 100 steps. Not to be written to."""
+    import train_toy as toy
+
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    s = toy.Settings(n=3, n_layer=3, d_model=32)
+    model = toy.GPT(s.model_config())
+    toy.pretrain(s, model, [], max_steps=100)
+    path = tmp_path_factory.mktemp("base") / "base.pt"
+    toy.save_checkpoint(path, model)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(base, tmp_path_factory):
+    """A whole tiny run of train_toy.py from this base, never stopped. Not to be written to."""
+    import train_toy as toy
+
     out = tmp_path_factory.mktemp("runs") / "finished"
-    assert toy.main([*TINY, "--out_dir", str(out)]) == 0
+    assert toy.main([*TINY, "--base", str(base), "--out_dir", str(out)]) == 0
     return out
