@@ -519,7 +519,8 @@ def run(s: Settings, given: dict, resume: bool):
     s.device = device.type  # not "auto", or a resume elsewhere could change it unnoticed
     torch.set_num_threads(s.threads)
     out = Path(s.out_dir) if resume else None
-    base = out / "base.pt" if resume and (out / "base.pt").exists() else s.base
+    begun = resume and any((out / name).exists() for name in ("base.pt", "ckpt.pt"))
+    base = out / "base.pt" if begun else s.base
     model = load_model(base, device) if base else None
     if model is not None:
         take_sizes(s, given, model, base)
@@ -595,14 +596,12 @@ def resumed_job(s: Settings, out: Path, base) -> Job | None:
 
     Writes nothing. Raises ValueError for a checkpoint that does not fit the run."""
     path = out / "ckpt.pt"
-    if not path.exists() and not (out / "phase1.pt").exists():
+    if not path.exists() and not (out / "metrics.jsonl").exists():
         return None
-    if base is None:
-        raise ValueError(f"{out} has a checkpoint but no base.pt")
     model, content = load_checkpoint(path, base.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
     with reading(path):
-        if model.cfg != base.cfg or not content["step"] >= 0:
+        if model.cfg != base.cfg or content["step"] < 0:
             raise ValueError("it is of another run")
         load_moments(optimizer, content["optimizer"])
         target, text = Policy(*content["target"]), own_solutions(base, s)
