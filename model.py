@@ -135,9 +135,8 @@ class Attention(nn.Module):
             cache[0, :, :, start : start + T] = k
             cache[1, :, :, start : start + T] = v
             k, v = cache[:, :, :, : start + T]
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=start == 0, enable_gqa=self.heads[0] != self.heads[1]
-        )  # (B, n_head, T, D)
+        options = {"is_causal": start == 0, "enable_gqa": self.heads[0] != self.heads[1]}
+        y = nn.functional.scaled_dot_product_attention(q, k, v, **options)  # (B, n_head, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -276,12 +275,12 @@ class GPT(nn.Module):
         its own tokens until that ends. So every row has its true positions and nothing needs to be
         masked. Raises ValueError for a sequence that outgrows the context, or other bad input.
         """
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
         prompt, prompt_len = self._check_prompt(prompt, prompt_len, max_new_tokens, pad_id)
-        if num_samples < 1 or not temperature >= 0:
-            raise ValueError(
-                f"num_samples must be at least 1 and temperature 0 (greedy) or more, not "
-                f"{num_samples} and {temperature}"
-            )
         device, start = prompt.device, int(prompt_len.min())
         total = prompt.shape[1] + max_new_tokens
         prompt_len = prompt_len.repeat_interleave(num_samples)  # (N,)
@@ -323,7 +322,7 @@ class GPT(nn.Module):
     # ---- inside ----
 
     def _run(self, h, n_layer: int, cache=None, start=0):
-        """Yield the LayerTrace of blocks 1..n_layer over h (B, T, d), whose positions begin at start."""
+        """Yield the LayerTrace of blocks 1..n_layer over h (B, T, d), from position `start` on."""
         rope = self.cos[start : start + h.shape[1]], self.sin[start : start + h.shape[1]]
         for i, block in enumerate(self.blocks[:n_layer]):
             trace = block(h, rope, None if cache is None else cache[i], start)
@@ -336,7 +335,7 @@ class GPT(nn.Module):
         return torch.empty(shape, device=self.device, dtype=self.embed.weight.dtype)
 
     def _next_logits(self, tokens, cache, start: int):
-        """Logits (B, V) after the last of tokens (B, T), whose positions begin at start."""
+        """Logits (B, V) after the last of tokens (B, T), which are at positions from start on."""
         h = self.embed(tokens)
         for trace in self._run(h, self.n_layer, cache, start):
             h = trace.resid_post
@@ -354,11 +353,10 @@ class GPT(nn.Module):
     def _check_tokens(self, tokens):
         """Raise ValueError unless tokens is (B, T) with 1 <= T <= context_length, ids in 0..V-1."""
         if tokens.dim() != 2 or tokens.numel() == 0:
-            shape = tuple(tokens.shape)
-            raise ValueError(f"tokens must be (batch, time) and not empty, not of shape {shape}")
-        if tokens.shape[1] > self.cfg.context_length:
-            longest = self.cfg.context_length
-            raise ValueError(f"{tokens.shape[1]} tokens are longer than context_length = {longest}")
+            raise ValueError(f"tokens must be (batch, time), not empty, not {tuple(tokens.shape)}")
+        T, longest = tokens.shape[1], self.cfg.context_length
+        if T > longest:
+            raise ValueError(f"{T} tokens are longer than context_length = {longest}")
         low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
@@ -368,8 +366,6 @@ class GPT(nn.Module):
         """The prompt, as wide as its longest row and padded with pad_id, and all lengths (Q,)."""
         if not 0 <= pad_id < self.vocab_size:
             raise ValueError(f"pad_id {pad_id} is outside the vocabulary, 0..{self.vocab_size - 1}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if prompt.dim() == 2 and prompt_len is not None:
             Q, P = prompt.shape
             prompt_len = torch.as_tensor(prompt_len, device=prompt.device)
@@ -382,10 +378,8 @@ class GPT(nn.Module):
         self._check_tokens(prompt)
         Q, P = prompt.shape
         if P + max_new_tokens > self.cfg.context_length:
-            raise ValueError(
-                f"a prompt of {P} tokens and max_new_tokens = {max_new_tokens} are longer than "
-                f"context_length = {self.cfg.context_length}"
-            )
+            size = f"context_length = {self.cfg.context_length}"
+            raise ValueError(f"a prompt of {P} and {max_new_tokens} new tokens outgrow {size}")
         everywhere = torch.full((Q,), P, device=prompt.device)
         return prompt, everywhere if prompt_len is None else prompt_len
 

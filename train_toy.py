@@ -195,17 +195,20 @@ SMOKE = dict(n=3, n_layer=4, d_model=32, questions=32, steps=20, s_inter=3, eval
 KNOWN = 0.95  # the share of single operations that a base is to get right
 
 
-def pretrain(s: Settings, model, records: list, max_steps=1000, lr=4e-3):
+def pretrain(s: Settings, model, records: list, max_steps=1500, lr=4e-3):
     """Teach the base model until it knows single operations. Appends a record every 50 steps.
 
-    Not a fixed number of steps: seeds differ in when operations are learned, and RL can improve
-    only a model that gets some answers right. Nor much longer: a base that jumps well leaves RL
-    little to discover."""
+    Solutions are careful until most operations are known, and get sloppy over the next 200 steps.
+    While any line may follow, the result of an operation is but one of several right tokens, and
+    operations are learned more slowly, or never. The number of steps is not fixed: seeds differ in
+    when operations are learned, and RL can improve only a model that gets some answers right."""
     options = dict(weight_decay=0.1, betas=(0.9, 0.98), fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **options)
-    started = time.perf_counter()
+    started, learned = time.perf_counter(), None  # the step at which most operations were known
     for step in tqdm(range(1, max_steps + 1), "pretraining", disable=None):
-        loss = pretraining_loss(model, *pretraining_batch(s, step, model.device), s.internal_loss)
+        sloppiness = min(1.0, (step - learned) / 200) if learned else 0.0
+        batch = pretraining_batch(s, step, model.device, s.skip * sloppiness)
+        loss = pretraining_loss(model, *batch, s.internal_loss)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -215,21 +218,20 @@ def pretrain(s: Settings, model, records: list, max_steps=1000, lr=4e-3):
             known = single_operations(model, s)
             add_record(records, "pretrain", step=step, loss=loss.item(), single_operations=known)
             tqdm.write(f"step {step:4d}  loss {loss:.2f}  single operations right {known:.2f}")
-            if known >= KNOWN and step >= 400:
+            if learned is None and known >= 0.8:
+                learned = step
+            if sloppiness == 1 and known >= KNOWN:
                 break
     print(f"base model: {step} steps in {time.perf_counter() - started:.0f} s")
 
 
-def pretraining_batch(s: Settings, step: int, device, rows=48, sloppy_from=400):
+def pretraining_batch(s: Settings, step: int, device, skip: float, rows=48):
     """Rows of text: tokens (B, T), and which of them belong to a response (B, T).
 
-    A row holds a solution of each length 2..n, in random order. A model that met each problem at
-    the start of a row would learn where its first operands stand, and be lost on the second line.
-    Solutions are careful at first, and as sloppy as they get from step `sloppy_from` on. While any
-    line may follow, the result of an operation is but one of several right tokens, and operations
-    are learned much more slowly."""
+    A row holds a solution of each length 2..n, in random order, each line left out with probability
+    `skip`. A model that met each problem at the start of a row would learn where its first operands
+    stand, and be lost on the second line."""
     rng, tokens, marks = stream(s.seed, "pretraining", step), [], []
-    skip = s.skip * min(1.0, max(0.0, 2 * step / sloppy_from - 1))
     for _ in range(rows):
         row, mark = [], []
         for n in rng.sample(range(2, s.n + 1), s.n - 1):
