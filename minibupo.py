@@ -1,33 +1,33 @@
 """Bottom-up Policy Optimization (BuPO, arXiv 2512.19673): the whole method in one file.
 
 A language model adds up its residual stream layer by layer: H^0, H^1, ..., H^L. Any of them can be
-unembedded, softmax(H^l E_u^T). That is a policy, the internal policy of layer l. BuPO trains such a
-policy with GRPO for s_inter steps (phase 1, "InterGRPO"), then the whole model (phase 2, GRPO).
+unembedded, softmax(H^l E_u^T), with E_u the unembedding matrix. That is a policy, the internal
+policy of layer l. BuPO trains it with GRPO for s_inter steps (phase 1, "InterGRPO"), then the whole
+model (phase 2, GRPO).
 
-    1  internal policies             Eq. 5-7        Policy, policy_logits, token_logprobs
-    2  entropy, and where to start   Eq. 8, 9, 14   entropy, target_layer
-    3  GRPO's two pieces             Eq. 4          group_advantages, surrogate
-    4  InterGRPO                     Eq. 10         policy_loss
-    5  BuPO                          Eq. 11, 15     Algorithm 1: bupo; one step of it: update
-    6  measures                      Eq. 8-14       look_inside, pass_at_k
+    1  internal policies             Eq. 5-7         Policy, policy_logits, token_logprobs
+    2  entropy, and where to start   Eq. 8, 14       entropy, target_layer
+    3  GRPO's two pieces             Eq. 4           group_advantages, surrogate
+    4  InterGRPO                     Eq. 10          policy_loss
+    5  BuPO                          Eq. 11, 15, 16  Algorithm 1: bupo; one step of it: update
+    6  measures                      Eq. 8, 9, 13    look_inside, pass_at_k
 
 Left out on purpose: a KL term and an entropy bonus (the paper has neither), and the official
 scripts' dual clip (a cap on the loss at ratio > 10 for negative advantages).
 
-All that this file and analyze.py use of a model (model.GPT has it, and hf/adapter.py):
+What this file and analyze.py need of a model, as model.GPT and hf/adapter.py have it:
 
     model(tokens)                  logits (B, T, V) of pi_theta: unembed(final_norm(H^L))
     model.residual(tokens, layer)  H^layer (B, T, d) from `layer` blocks; H^0 is the embedding
-    model.trace(tokens)            for each layer all that it reads and writes, each (B, T, d):
+    model.trace(tokens)            lazily, for layers 1..L, what each reads and writes (B, T, d):
                                    resid_pre attn_in attn_out resid_mid mlp_in mlp_out resid_post
-    model.unembed(h)               h E_u^T, without the final norm; model.final_norm(h) is that norm
+    model.unembed(h)               h E_u^T, without the final norm; model.final_norm(h), that norm
     model.n_layer, model.vocab_size, model.device, model.parameters()
     model.generate(prompt, max_new_tokens, ...)    samples: tokens, prompt_len, end as in Rollouts
     model.truncated(layer)         the internal policy of a layer as a model of its own
 
 Shapes: Q questions, G responses to each, N = Q G rows (responses to one question are neighbours),
-T tokens, V vocabulary, d width, L layers, M response positions of a whole batch. Logits at position
-t are about token t + 1, so what is per token has T - 1 columns.
+B rows of any kind, T tokens, V vocabulary, d width, L layers, M response positions of all rows.
 """
 
 from collections import defaultdict
@@ -42,13 +42,13 @@ import torch
 def response_mask(prompt_len, end, T: int):
     """Which positions predict a token of the response: (N, T-1) bool, from prompt_len, end (N,).
 
-    Column t is about token t + 1. Losses, log-probabilities and entropies are taken where True. The
-    row "7+5=2<eos>", padded to T = 8, has prompt_len 4 and end 6:
+    Logits at position t are about token t + 1, so column t is about token t + 1. The row
+    "1+2=3<eos>", padded to T = 8, has prompt_len 4 and end 6:
 
-        t              0      1      2      3      4      5      6      7
-        token          7      +      5      =      2    <eos>  <pad>  <pad>
-        is to predict  +      5      =      2    <eos>  <pad>  <pad>
-        mask         False  False  False  True   True   False  False
+        t             0      1      2      3      4      5      6      7
+        token         1      +      2      =      3    <eos>  <pad>  <pad>
+        predicts      +      2      =      3    <eos>  <pad>  <pad>
+        mask        False  False  False  True   True   False  False
     """
     t = torch.arange(T - 1, device=end.device)
     return (t >= prompt_len[:, None] - 1) & (t < end[:, None] - 1)
@@ -61,12 +61,15 @@ def response_mask(prompt_len, end, T: int):
 
 
 class Policy(NamedTuple):
-    """Which policy: pi_theta itself (layer None), or an internal one.
+    """Which policy: pi_theta itself (layer None), or an internal one. LN_f is the final norm.
 
     Policy(), named FULL      pi_theta    = softmax(LN_f(H^L) E_u^T)
     Policy(l)                 pi_Layer^l  = softmax(H^l E_u^T)   Eq. 6
     Policy(l, "attn_out")     pi_ATTN^l   = softmax(A^l E_u^T)   Eq. 7
     Policy(l, "mlp_out")      pi_FFN^l    = softmax(F^l E_u^T)   Eq. 7
+
+    Internal policies have no final norm. So Policy(L) is not FULL, and Policy(l) is not the "logit
+    lens", softmax(LN_f(H^l) E_u^T).
     """
 
     layer: int | None = None
@@ -77,26 +80,26 @@ FULL = Policy()  # pi_theta
 SITES = ("resid_post", "attn_out", "mlp_out")
 
 
-def policy_logits(model, tokens, policy=FULL, at=None):
-    """Logits (B, T, V) of a policy for tokens (B, T), or (M, V) at the M positions `at`.
+def policy_logits(model, tokens, policy=FULL, positions=None):
+    """Logits (B, T, V) of a policy for tokens (B, T), or (M, V) at the M `positions` of
+    tokens.flatten().
 
-    `at` counts through tokens.flatten(). Internal policies are unembedded *without* the final norm,
-    unlike the logit lens, softmax(LN_f(H^l) E_u^T). Layers above policy.layer are not computed, so
-    they cannot get a gradient. Raises ValueError for a layer or site that the model does not have.
+    Layers above policy.layer are not computed, so they cannot get a gradient. Raises ValueError for
+    a layer or site that the model does not have.
     """
     layer, site = policy
     if site not in SITES:
         raise ValueError(f"site must be one of {', '.join(SITES)}, not {site!r}")
-    if layer is None:
+    if layer is None and site == "resid_post":
         logits = model(tokens)
-        return logits if at is None else logits.flatten(0, 1)[at]
+        return logits if positions is None else logits.flatten(0, 1)[positions]
     if site == "resid_post":
         h = model.residual(tokens, layer)  # H^l
-    elif not 1 <= layer <= model.n_layer:
+    elif layer is None or not 1 <= layer <= model.n_layer:
         raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
     else:
         h = getattr(next(islice(model.trace(tokens), layer - 1, None)), site)  # A^l or F^l
-    return model.unembed(h if at is None else h.flatten(0, 1)[at])
+    return model.unembed(h if positions is None else h.flatten(0, 1)[positions])
 
 
 def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
@@ -104,42 +107,41 @@ def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
 
     Logits, also those of internal policies, are divided by the temperature of the sampling.
     """
-    at = mask.flatten().nonzero()[:, 0]  # (M,)
-    logits = (
-        at_least_float32(policy_logits(model, tokens[:, :-1], policy, at)) / temperature
-    )  # (M, V)
-    chosen = tokens[:, 1:].flatten()[at]  # (M,)
-    logp = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]  # (M,)
-    return logp.new_zeros(mask.numel()).index_copy(0, at, logp).view(mask.shape)
+    positions = mask.flatten().nonzero()[:, 0]  # (M,)
+    logits = policy_logits(model, tokens[:, :-1], policy, positions)  # (M, V)
+    chosen = tokens[:, 1:].flatten()[positions]  # (M,)
+    log_pi = (at_least_float32(logits) / temperature).log_softmax(-1)
+    logp = log_pi.gather(-1, chosen[:, None])[:, 0]  # (M,)
+    return logp.new_zeros(mask.numel()).index_copy(0, positions, logp).view(mask.shape)
 
 
 def at_least_float32(x):
-    """x itself, or in float32 if its type is narrower: a softmax in bfloat16 is too coarse."""
+    """x itself, or in float32 if its type is narrower: bfloat16 is too coarse for a softmax."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- 2. Entropy, and the layer to start from (Eq. 8, 9, 14) ------------------------------------
+# ---- 2. Entropy, and the layer to start from (Eq. 8, 14) ---------------------------------------
 
 
 def entropy(logits):
     """Eq. 8: -sum_j pi_j log pi_j of pi = softmax(logits), in nats: (..., V) -> (...)."""
-    # e^-87 weighs nothing. Below it float32 gets slow, and 0 log 0 (of a logit -inf) would be NaN.
+    # e^-87 weighs nothing. Below, e^x is subnormal and slow, and 0 log 0 (of a logit -inf) is NaN.
     log_pi = at_least_float32(logits).log_softmax(-1).clamp(min=-87)
     return -(log_pi.exp() * log_pi).sum(-1)
 
 
 def target_layer(d_mlp) -> int:
-    """The layer that phase 1 optimises: the last l below the top whose FFN widens, dH_FFN^l > 0.
+    """The layer of phase 1: the last l below the top whose FFN raises entropy, dH_FFN^l > 0.
 
-    d_mlp: the means of dH_FFN^1..dH_FFN^L over response positions (Eq. 14), "d_mlp" of look_inside.
-    There the region of exploration ends. Raises ValueError where no FFN below the top widens: for
-    that case the paper has no rule.
+    dH is the paper's name for a change of entropy; its H is not the stream. d_mlp: dH_FFN of layers
+    1..L, means over positions, look_inside(...)["d_mlp"].mean(1). Raises ValueError where no FFN
+    below the top raises entropy: the paper has no rule for that case.
     """
-    widening = [l for l, d in enumerate(d_mlp[:-1], 1) if d > 0]
-    if not widening:
+    raising = [l for l, d in enumerate(d_mlp[:-1], 1) if d > 0]
+    if not raising:
         values = " ".join(f"{float(d):.2f}" for d in d_mlp)
         raise ValueError(f"the rule names no layer, for no FFN below the top has dH > 0: {values}")
-    return widening[-1]
+    return raising[-1]
 
 
 # ---- 3. GRPO's two pieces (Eq. 4) --------------------------------------------------------------
@@ -148,15 +150,15 @@ ADVANTAGES = ("grpo", "rloo", "reinforce++")
 
 
 def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
-    """The advantage of each response over others, from rewards (Q, G); the same shape.
+    """How much better each response is than others, from rewards (Q, G); the same shape.
 
     "grpo"         (R - mean) / (std + eps) of its group. As in the official code std is unbiased
                    and eps 1e-6: [1, 0, 0, 0] gives [1.5, -0.5, -0.5, -0.5]
     "rloo"         R - mean of the others in its group (Ahmadian et al. 2024): [1, -1/3, -1/3, -1/3]
     "reinforce++"  (R - mean) / (std + eps) of the whole batch, whatever the group (Hu 2025)
 
-    Exactly 0 where all rewards that are compared are equal. Raises ValueError for another kind, and
-    for rewards that are no (Q, G) matrix with G >= 2.
+    Exactly 0 where all these rewards are equal. Raises ValueError for another kind, and unless
+    rewards are a matrix with G >= 2.
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
@@ -172,7 +174,7 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
 
 
 def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", normalizer=None):
-    """The clipped surrogate of Eq. 4 as a loss to minimise, and how many tokens the clip cut off.
+    """The clipped surrogate of Eq. 4 as a loss to minimise, and how many tokens it cuts off.
 
     logp, old_logp, mask (N, T-1); advantages (N,). With ratio = exp(logp - old_logp), a token's
     objective is min(ratio * advantage, clip(ratio, 1 - clip, 1 + clip) * advantage). The loss is
@@ -181,7 +183,7 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
         average="token"     over all tokens of all responses: the official scripts, our default
         average="sequence"  over the tokens of a response, then over responses: Eq. 4 as printed
 
-    `normalizer` replaces the number of tokens (or responses) where the rows are a part of a larger
+    `normalizer` replaces the number of tokens (or responses) where the rows are only a part of a
     mini-batch. A token is cut off where the clip takes its gradient away: advantage > 0 and ratio >
     1 + clip, or advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the
     official code, or exp could overflow. So advantage < 0 and log-ratio > 20 is cut off as well.
@@ -208,11 +210,8 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
 def policy_loss(model, tokens, old_logp, advantages, mask, policy=FULL, temperature=1.0, **options):
     """GRPO (Eq. 4) for FULL, InterGRPO (Eq. 10) for an internal policy: only the policy differs.
 
-    In Eq. 10 numerator *and* denominator of the ratio are the internal policy's: old_logp (N, T-1)
-    has its log-probabilities from before the batch's first update. The samples come from pi_theta
-    all the same. So phase 1 is off-policy for pi_Layer^l, and the ratio corrects only for the drift
-    of the internal policy since then. Returns the loss and how many tokens were cut off; `options`
-    are surrogate's.
+    Numerator *and* denominator of the ratio are the same policy's: old_logp (N, T-1) is what
+    `policy` gave the tokens before the batch's first update. `options` and result are surrogate's.
     """
     logp = token_logprobs(model, tokens, mask, policy, temperature)
     return surrogate(logp, old_logp, advantages, mask, **options)
@@ -225,7 +224,7 @@ class Rollouts(NamedTuple):
     """One batch: Q questions with G responses each, sampled from pi_theta; N = Q G rows.
 
     Row i holds its prompt in tokens[i, :prompt_len[i]], its response with EOS in
-    tokens[i, prompt_len[i]:end[i]], then padding of any value.
+    tokens[i, prompt_len[i]:end[i]], then padding: any token ids, since attention is causal.
     """
 
     tokens: torch.Tensor  # (N, T)
@@ -235,25 +234,24 @@ class Rollouts(NamedTuple):
 
 
 def bupo(model, optimizer, sample, target: Policy, s_inter: int, steps: int, *, start=1, **options):
-    """Algorithm 1 as a generator: yields (step, policy, rollouts, log) after each of its steps.
+    """Algorithm 1 as a generator: yields (step, policy, rollouts, log) after steps start..steps.
 
-        for step, policy, rollouts, log in bupo(model, optimizer, sample, Policy(5), 5, 60):
+        for step, policy, rollouts, log in bupo(model, optimizer, sample, Policy(3), 5, 60):
             print(step, rollouts.rewards.mean(), log["grad_norm"])
 
-    sample(step) returns Rollouts of pi_theta as it is now. What you want to do at a step (log it,
-    save the model) you do in your own `for`. s_inter = 0 is GRPO. start > 1 goes on with a run that
-    was stopped. `options` are update's. Raises ValueError for s_inter < 0 or start < 1.
+    sample(step) returns Rollouts of pi_theta as it is now, in both phases; phase 1 is off-policy.
+    The ratio corrects for what the internal policy has changed since, not for its distance from
+    pi_theta. What you want to do at a step (log it, save the model) you do in your own `for`.
+    s_inter = 0 is GRPO. `options` are update's. Raises ValueError for s_inter < 0 or start < 1.
     """
     if s_inter < 0 or start < 1:
-        raise ValueError(
-            f"s_inter must be 0 or more and start 1 or more, not {s_inter} and {start}"
-        )
+        raise ValueError(f"s_inter must be at least 0, start at least 1, not {s_inter}, {start}")
     for step in range(start, steps + 1):
         policy = target if step <= s_inter else FULL  # Eq. 11: phase 1, then phase 2
-        if step == s_inter + 1 > 1:
-            # Ours (the official code keeps them): AdamW's moments start afresh in phase 2. The
-            # gradient of phase 1 is several times larger, and moments that remember it make the
-            # first steps of phase 2 too small.
+        if s_inter > 0 and step == s_inter + 1:
+            # Ours, the official code keeps them: AdamW's moments start afresh in phase 2. The
+            # gradient of phase 1 is several times larger, clipped or not. Moments that remember it
+            # make the first steps of phase 2 too small.
             optimizer.state.clear()
         rollouts = sample(step)  # questions, G responses to each, rewards
         log = update(model, optimizer, rollouts, policy, **options)
@@ -274,35 +272,33 @@ def update(
     max_grad_norm=1.0,
     chunk=64,
 ):
-    """Improve a policy on one batch: an optimizer step for each of `minibatches` sets of questions.
+    """Improve a policy on one batch: one pass over it, an optimizer step for each mini-batch.
 
-    Questions are taken in the order in which they come, so sample them in random order. Where the
-    gradient goes (Eq. 15, 16): that of pi_Layer^l reaches E_u and layers 1..l. For the layers above
-    and LN_f it does not exist: their .grad stays None, and neither weight decay nor momentum moves
-    them in phase 1. (With tied embeddings E_u is the input embedding, too.) A mini-batch without
-    advantages makes no optimizer step: AdamW would move the weights by momentum alone.
+    Who learns (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u, layers 1..l and the embedding.
+    For the layers above and LN_f it does not exist. Their .grad stays None, so neither weight decay
+    nor momentum moves them in phase 1. A mini-batch whose advantages are all 0 makes no optimizer
+    step, for AdamW would move the weights by momentum alone.
 
-    `advantage` is group_advantages' kind; average and clip are surrogate's. `chunk` rows go through
-    the model at a time, with the same gradient for any number. Returns {"clip_fraction": of tokens,
-    "grad_norm": before clipping to max_grad_norm, mean over steps, "optimizer_steps"}. Raises
-    ValueError for more mini-batches than questions, and FloatingPointError, before the optimizer
-    step, if a loss or gradient is not finite.
+    Mini-batches take questions in order, so sample them in random order. `temperature` is that of
+    the sampling, `advantage` group_advantages' kind, average and clip are surrogate's. `chunk` rows
+    go through the model at a time; the gradient does not depend on it. Returns {"clip_fraction": of
+    all response tokens, "grad_norm": before clipping, mean over steps, "optimizer_steps"}. Raises
+    ValueError for more mini-batches than questions, FloatingPointError before a step with NaN.
     """
-    batches = make_batches(
-        model, rollouts, policy, minibatches, advantage, average, temperature, chunk
-    )
+    options = {"average": average, "temperature": temperature}
+    batches = make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, **options)
     cut_off, norms = 0, []
     for chunks, normalizer in batches:
         if not chunks:
             continue
         optimizer.zero_grad(set_to_none=True)
-        options = {"clip": clip, "average": average, "normalizer": normalizer}
-        loss, n = add_gradient(model, chunks, policy, temperature=temperature, **options)
+        loss, n = add_gradient(model, chunks, policy, clip=clip, normalizer=normalizer, **options)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise FloatingPointError(f"loss {loss} or gradient norm {norm} is not finite")
         optimizer.step()
-        cut_off, norms = cut_off + n, [*norms, norm]
+        cut_off += n
+        norms.append(norm)
     return {
         "clip_fraction": float(cut_off / (rollouts.end - rollouts.prompt_len).sum()),
         "grad_norm": float(torch.stack(norms).mean()) if norms else 0.0,
@@ -311,19 +307,19 @@ def update(
 
 
 @torch.no_grad()
-def make_batches(model, rollouts, policy, minibatches, advantage, average, temperature, chunk):
+def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, average, temperature):
     """The mini-batches of a batch: [(chunks, normalizer), ...], with chunks for policy_loss
     [(tokens, old_logp, advantages, mask), ...] and the number that the loss is divided by.
 
-    Rows with advantage 0 have no gradient. They are left out, but count in the normalizer. Old and
-    new log-probabilities come from one chunk by one computation. So the first mini-batch has ratio
-    1 everywhere, and no other policy can get into the denominator.
+    Rows with advantage 0 have no gradient: they count in the normalizer, but are not computed. Old
+    log-probabilities are taken here, from the chunks that the gradient is taken from. So in the
+    first mini-batch the ratio is 1, and pi_theta's cannot be passed in for an internal policy's.
     """
     tokens, device = rollouts.tokens, rollouts.tokens.device
-    # Which rows go where is settled on the CPU, so that a GPU need not be waited for.
-    prompt_len, end, rewards = (x.cpu() for x in rollouts[1:])
-    advantages = group_advantages(rewards, advantage).flatten()  # (N,)
-    Q, G = rewards.shape
+    # which rows go where is settled on the CPU, so that a GPU is waited for once and not for each
+    prompt_len, end = rollouts.prompt_len.cpu(), rollouts.end.cpu()
+    advantages = group_advantages(rollouts.rewards.cpu(), advantage).flatten()  # (N,)
+    Q, G = rollouts.rewards.shape
     if not 1 <= minibatches <= Q:
         raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
     batches = []
@@ -333,7 +329,7 @@ def make_batches(model, rollouts, policy, minibatches, advantage, average, tempe
         rows = rows[advantages[rows] != 0]
         rows = rows[end[rows].argsort()]  # like lengths together, so that little is padding
         chunks = []
-        for part in rows.split(chunk) if len(rows) else ():
+        for part in rows.split(chunk) if len(rows) else ():  # split makes one part of no rows
             T = int(end[part].max())
             mask = response_mask(prompt_len[part], end[part], T).to(device)
             cut = tokens[part.to(device), :T]
@@ -346,7 +342,7 @@ def make_batches(model, rollouts, policy, minibatches, advantage, average, tempe
 def add_gradient(model, chunks, policy, **options):
     """Add the gradient of policy_loss over all chunks to the parameters' .grad.
 
-    Returns the loss and how many tokens were cut off, as tensors; `options` are policy_loss's.
+    Returns the loss and how many tokens are cut off, as tensors; `options` are policy_loss's.
     """
     loss, cut_off = 0.0, 0
     for chunk in chunks:
@@ -361,33 +357,36 @@ def add_gradient(model, chunks, policy, **options):
 
 @torch.no_grad()
 def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
-    """All that is measured by layer, at the M response positions of mask (N, T-1), in one pass.
+    """All that is measured by layer, at the M response positions of mask (N, T-1).
 
     A dict of tensors (L, M); those with a + are (L+1, M), H^0 first. Entropies are in nats.
 
         layer+ attn mlp    entropy of the internal policies of H^l, A^l, F^l (Eq. 6-8)
         attn_in mlp_in     entropy of what attention and FFN read, which is the *normed* stream
-        d_attn d_mlp       Eq. 13, 14: attn - attn_in and mlp - mlp_in. Above 0 is read as
+        d_attn d_mlp       dH of Eq. 13, 14: attn - attn_in and mlp - mlp_in. Above 0 is read as
                            exploration, about 0 as integration, below 0 as convergence
-        d_layer            Eq. 9: entropy of H^l less that of H^{l-1}, both raw
+        d_layer            dH of Eq. 9 for layers: entropy of H^l less that of H^{l-1}, both raw
         layer_normed+      of the logit lens, softmax(LN_f(H^l) E_u^T); the last one is pi_theta's
-        layer_matched+     of H^l scaled to the size of H^L: without the growth of the stream
-        cos_layer+         cos(H^l, H^L), how much of the final state is there (Fig. 5)
+        layer_matched+     of H^l scaled to the length of H^L, as if the stream did not grow
+        cos_layer+         cos(H^l, H^L), feature refinement (Fig. 5)
         cos_attn cos_mlp   a write against the stream that it is added to (Appendix B.2): about 0
                            writes new features, below 0 suppresses, above 0 amplifies
         rms_layer+ rms_attn rms_mlp    size: the root mean square over d
 
-    `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so memory does
-    not grow with their number, nor with layers. Raises ValueError for an empty mask.
+    `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so memory for
+    logits grows with neither layers nor positions. Raises ValueError for an empty mask.
     """
     if not mask.any():
         raise ValueError("there are no response positions to look at")
     chunk = chunk or max(1, 2**24 // model.vocab_size)
-    at, tokens = mask.flatten().nonzero()[:, 0], tokens[:, :-1]
-    found = defaultdict(list)
+    positions, tokens = mask.flatten().nonzero()[:, 0], tokens[:, :-1]
 
     def here(h):  # (N, T-1, d) -> (M, d)
-        return h.flatten(0, 1)[at]
+        return h.flatten(0, 1)[positions]
+
+    top = here(model.residual(tokens, model.n_layer))  # H^L
+    top_length = torch.linalg.vector_norm(top, dim=-1, keepdim=True)
+    found = defaultdict(list)
 
     def add_entropy(name, h):
         found[name].append(torch.cat([entropy(model.unembed(part)) for part in h.split(chunk)]))
@@ -403,8 +402,6 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
         add_entropy("layer_normed", model.final_norm(h))
         add_entropy("layer_matched", torch.nn.functional.normalize(h, dim=-1) * top_length)
 
-    top = here(model.residual(tokens, model.n_layer))  # H^L
-    top_length = torch.linalg.vector_norm(top, dim=-1, keepdim=True)
     for l, trace in enumerate(model.trace(tokens), 1):
         if l == 1:
             add_layer(here(trace.resid_pre))  # H^0
@@ -421,9 +418,9 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
 
 
 def pass_at_k(n: int, c, k: int):
-    """Unbiased Pass@K, 1 - C(n-c, k) / C(n, k): the chance that k of n samples hold a right one.
+    """Unbiased Pass@K, 1 - C(n-c, k) / C(n, k): the chance that one of k samples is right.
 
-    c: how many of the n are right, or an array of such counts, one a problem; returns float64 of
+    c: how many of a problem's n samples are right, or an array of such counts; returns float64 of
     the same shape. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     c = np.asarray(c)
