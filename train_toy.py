@@ -154,7 +154,7 @@ class Settings:
     base: str | None = option(None, "start RL from this base model, base.pt of another run")
     out_dir: str | None = option(None, "directory of the run (default: a new one under out/)")
     preset: str = option("default", "a set of defaults", choices=("default", "smoke"))
-    device: str = option("auto", "auto is cuda or else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "cpu, cuda, mps or auto, which is cuda where it is, else cpu")
     threads: int = option(2, "CPU threads; a small model gains nothing from many", 1, 1024)
 
     n: int = option(5, "digits of the longest problems of training", 3, 12)
@@ -739,7 +739,7 @@ def load_moments(optimizer, state: dict):
 def save_checkpoint(path: Path, model: GPT, **more):
     """Write a model and whatever `more` holds, plain types and tensors only. Raises
     FloatingPointError, and leaves the file as it was, if a weight is not finite."""
-    if not all(weight.isfinite().all() for weight in model.parameters()):
+    if not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
         raise FloatingPointError("the weights are no longer finite")
     config = asdict(model.cfg)
     content = {"format": FORMAT, "model_config": config, "model": model.state_dict(), **more}
@@ -815,7 +815,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if not there[name]:
+    if not there.get(name):
         raise ValueError(f"device {name} is not available here")
     return torch.device(name)
 

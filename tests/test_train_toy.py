@@ -423,7 +423,7 @@ def test_impossible_options(argv, says, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--algo", "ppo"], ["--device", "tpu"], ["--layer", "low"], ["--stepz", "3"], ["--step", "3"]],
+    [["--algo", "ppo"], ["--layer", "low"], ["--stepz", "3"], ["--step", "3"]],
 )
 def test_unknown_options(argv, capsys):
     with pytest.raises(SystemExit) as stop:
