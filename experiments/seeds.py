@@ -1,19 +1,22 @@
-"""README's first command with five seeds: where its table of results comes from.
+"""The main job with five seeds, and twenty base models alone: README's table of results.
 
-    python experiments/seeds.py          # about 10 minutes on two cores; finished seeds are not run again
+    python experiments/seeds.py      # what is missing, two at a time on one thread each
 
-Two seeds at a time, each on one thread. Appends a line a seed to experiments/results/seeds.jsonl and prints all of
-them as a Markdown table. The runs are in out/seeds; metrics and output of seed 0 are kept beside the results as a
-reference.
+Does a whole run work for every seed, and does pretraining? The seeds of the twenty bases are used
+by nothing else. A line of results is appended to experiments/results/seeds.jsonl as soon as it is
+there, so stopping costs only what is under way. The runs are in out/seeds; metrics and output of
+seed 0 are kept beside the results as a reference.
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -23,56 +26,130 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_toy as toy  # noqa: E402
+from model import GPT  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "seeds.jsonl"
-SEEDS = range(5)
+RUNS, BASES = range(5), range(200, 220)  # seeds
+COMMAND = [sys.executable, "train_toy.py", "--threads", "1"]
 
 
-def run(seed: int) -> dict:
-    """One whole main job; the result line."""
+def main_job(seed: int) -> dict:
+    """One whole run of README's command; its line of results."""
     out = ROOT / "out" / "seeds" / f"seed{seed}"
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    command = [sys.executable, "train_toy.py", "--seed", str(seed), "--threads", "1", "--out_dir", str(out.relative_to(ROOT))]
-    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [*COMMAND, "--seed", str(seed), "--out_dir", str(out.relative_to(ROOT))]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - started
-    evaluations = toy.read_metrics(out, "eval")
     if seed == 0:
         shutil.copy(out / "metrics.jsonl", RESULTS.parent / "seed0-metrics.jsonl")
-        (RESULTS.parent / "seed0-output.txt").write_text(printed, encoding="utf-8")
+        (RESULTS.parent / "seed0-output.txt").write_text(done.stdout, encoding="utf-8")
+    evaluations = toy.read_metrics(out, "eval")
     return {
-        "seed": seed,
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         "pretrain_steps": toy.read_metrics(out, "pretrain")[-1]["step"],
-        "target_layer": torch.load(out / "ckpt.pt", weights_only=True)["target"][0],
+        "target_layer": toy.load_checkpoint(out / "ckpt.pt")[1]["target"][0],
         "before": evaluations[0]["tiers"],
         "after": evaluations[-1]["tiers"],
-        "machine": f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": machine(),
     }
 
 
-def table(lines: list[dict]) -> str:
-    """Avg@8 (%) before and after by tier, one row a seed, with mean and standard deviation."""
+def base_model(s: toy.Settings):
+    """A base model, pretrained on one thread without a word, and the records of its pretraining."""
+    torch.set_num_threads(1)
+    torch.manual_seed(s.seed)
+    model, records = GPT(s.model_config()), []
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        toy.pretrain(s, model, records)
+    return model, records
+
+
+def base_alone(seed: int) -> dict:
+    """How the pretraining of one base went; its line of results."""
+    started = time.perf_counter()
+    last = base_model(toy.Settings(seed=seed))[1][-1]
+    seconds = time.perf_counter() - started
+    found = {"steps": last["step"], "known": last["single_operations"]}
+    return found | {"seconds": seconds, "machine": machine()}
+
+
+def machine() -> str:
+    """What seconds were measured on."""
+    return f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def table_of_runs(lines: list[dict]) -> str:
+    """Before -> after in % by length of problem, a row a seed, with mean and standard deviation."""
     tiers = list(lines[0]["before"])
-    rows = ["| seed | target layer | " + " | ".join(f"n = {n}" for n in tiers) + " | seconds |", "|" + "---|" * (len(tiers) + 3)]
-    before, after = (100 * np.array([[line[when][n]["avg@8"] for n in tiers] for line in lines]) for when in ("before", "after"))
-    for line, b, a in zip(lines, before, after):
-        cells = " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(b, a))
-        rows.append(f"| {line['seed']} | {line['target_layer']} | {cells} | {line['seconds']:.0f} |")
-    mean = " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(before.mean(0), after.mean(0)))
-    spread = " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in zip(before.std(0, ddof=1), after.std(0, ddof=1)))
-    seconds = np.median([line["seconds"] for line in lines])
-    return "\n".join([*rows, f"| mean | | {mean} | median {seconds:.0f} |", f"| std | | {spread} | |"])
+    longest = tiers[-1]
+    heads = [*(f"Avg@8, n = {n}" for n in tiers), f"right steps, n = {longest}"]
+    rows = [
+        "| seed | target layer | " + " | ".join(heads) + " | seconds |",
+        "|" + "---|" * (len(heads) + 3),
+    ]
+
+    def measured(line, when):
+        avg = [line[when][n]["avg@8"] for n in tiers]
+        return [100 * x for x in (*avg, line[when][longest]["right_steps"])]
+
+    values = np.array([[measured(line, when) for when in ("before", "after")] for line in lines])
+    seconds = np.array([line["seconds"] for line in lines])
+
+    def row(name, layer, pair, last):
+        cells = " | ".join(f"{b:.1f} -> {a:.1f}" for b, a in zip(*pair))
+        rows.append(f"| {name} | {layer} | {cells} | {last:.0f} |")
+
+    for line, pair in zip(lines, values):
+        row(line["seed"], line["target_layer"], pair, line["seconds"])
+    row("mean", "", values.mean(0), seconds.mean())
+    if len(lines) > 1:
+        row("std", "", values.std(0, ddof=1), seconds.std(ddof=1))
+    return "\n".join(rows)
+
+
+def table_of_bases(lines: list[dict]) -> str:
+    """How many bases learned their operations, in how many steps and how many seconds."""
+    steps, seconds = ([line[name] for line in lines] for name in ("steps", "seconds"))
+    known = sum(line["known"] >= toy.KNOWN for line in lines)
+    cells = (f"{known} of {len(lines)}", f"{np.median(steps):.0f}", f"{max(steps)}")
+    return "\n".join(
+        [
+            f"| bases with {toy.KNOWN} of operations | steps: median | maximum | seconds: median |",
+            "|" + "---|" * 4,
+            "| " + " | ".join((*cells, f"{np.median(seconds):.0f}")) + " |",
+        ]
+    )
+
+
+def run_missing(results: Path, jobs: list[tuple]) -> list[dict]:
+    """All lines of a file of results. What of `jobs`, (key, function, argument, ..), has no line
+    with its key yet is run, two at a time; a line is appended as soon as it is there."""
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    there = [{name: line.get(name) for name in jobs[0][0]} for line in lines]
+    with ProcessPoolExecutor(2) as pool:
+        missing = {pool.submit(*job): key for key, *job in jobs if key not in there}
+        try:
+            for job in as_completed(missing):
+                lines.append(missing[job] | job.result())
+                with open(results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+                print(*missing[job].values(), f"{lines[-1]['seconds']:.0f} s", flush=True)
+        finally:  # after Ctrl-C, or a job that failed, those that wait do not begin
+            pool.shutdown(cancel_futures=True)
+    return lines
+
+
+def main():
+    """Run what has no line in the results yet; print both tables."""
+    jobs = [({"kind": "run", "seed": seed}, main_job, seed) for seed in RUNS]
+    jobs += [({"kind": "base", "seed": seed}, base_alone, seed) for seed in BASES]
+    lines = sorted(run_missing(RESULTS, jobs), key=lambda line: line["seed"])
+    print(table_of_runs([line for line in lines if line["kind"] == "run"]))
+    print()
+    print(table_of_bases([line for line in lines if line["kind"] == "base"]))
 
 
 if __name__ == "__main__":
-    RESULTS.parent.mkdir(exist_ok=True)
-    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
-    missing = [seed for seed in SEEDS if seed not in [line["seed"] for line in lines]]
-    with ThreadPoolExecutor(2) as pool:
-        for result in as_completed([pool.submit(run, seed) for seed in missing]):
-            lines.append(result.result())
-            with open(RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            print(f"seed {lines[-1]['seed']}: {lines[-1]['seconds']:.0f} s", flush=True)
-    print(table(sorted(lines, key=lambda line: line["seed"])))
+    main()
