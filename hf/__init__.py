@@ -1,0 +1,1 @@
+"""BuPO for real language models: transformers loads and shards them, TRL trains them."""
