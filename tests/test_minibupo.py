@@ -491,11 +491,15 @@ def test_phases_by_step():
 
 
 def test_s_inter_zero_is_grpo_written_by_hand():
+    """Also with an optimizer that has moments from before: they are kept."""
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, 6):
         minibupo.update(model, optimizer, rollouts(model, seed=step))
     assert torch.equal(flat(weights(model)), flat(trained(0, layer=1)[0]))
+    counted = int(optimizer.state[model.embed.weight]["step"])
+    trained(0, steps=1, model=model, optimizer=optimizer)
+    assert int(optimizer.state[model.embed.weight]["step"]) > counted
     assert not torch.equal(flat(trained(0)[0]), flat(trained(2)[0]))
     assert not torch.equal(flat(trained(2, layer=1)[0]), flat(trained(2, layer=2)[0]))
 
