@@ -125,9 +125,12 @@ def at_least_float32(x):
 
 def entropy(logits):
     """Eq. 8: -sum_j pi_j log pi_j of pi = softmax(logits), in nats: (..., V) -> (...)."""
-    # e^-87 weighs nothing. Below, e^x is subnormal and slow, and 0 log 0 (of a logit -inf) is NaN.
-    log_pi = at_least_float32(logits).log_softmax(-1).clamp(min=-87)
-    return -(log_pi.exp() * log_pi).sum(-1)
+    z = at_least_float32(logits)
+    # e^-87 weighs nothing. Below, e^z is subnormal and slow, and 0 log 0 (of a logit -inf) is NaN.
+    z = (z - z.amax(-1, keepdim=True)).clamp(min=-87)
+    total = z.exp().sum(-1, keepdim=True)
+    pi, log_pi = z.exp() / total, z - total.log()  # over a large vocabulary finer than log_softmax
+    return -(pi * log_pi).sum(-1)
 
 
 def target_layer(d_mlp) -> int:
