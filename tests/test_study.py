@@ -1,65 +1,44 @@
-"""The study's arithmetic: what it pairs, averages and probes. Its smallest form as a whole runs in CI."""
-
-import math
-import sys
-from collections import Counter
-from pathlib import Path
+"""The study's plan, its paired differences and its finite set of problems. Its smallest form as a
+whole runs in CI."""
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import study  # noqa: E402
-
-import train_toy as toy  # noqa: E402
-from model import GPT  # noqa: E402
+import train_toy as toy
+from experiments import study
+from model import GPT
 
 
-def line(arm="GRPO", base=30, seed=300, reward=(1.0, 0.0), cpu=(1.0, 3.0), accuracy=0.5):
-    """A result line with what the tables read."""
-    log = [[r, 0.1, 9.0, 0.01, c, False] for r, c in zip(reward, cpu)]
-    tiers = {n: {"avg@8": accuracy, "pass@8": 1.0} for n in ("5", "6")}
-    return {"setting": "fresh", "arm": arm, "base": base, "seed": seed, "target": [5, "resid_post"], "n": 5, "log": log,
-            "held": {"10": accuracy}, "final": tiers}  # fmt: skip
+def line(arm, base, seed, accuracy):
+    tier = {"avg@8": accuracy, "pass@8": 1.0}
+    final = {"5": tier, "6": tier}
+    where = {"setting": "fresh", "arm": arm, "base": base, "seed": seed}
+    return where | {"n": 5, "held": [accuracy], "final": final}
 
 
-def test_the_plan_pairs_what_it_compares():
-    runs = study.plan()
+def test_the_plan_has_each_control_and_no_run_twice():
+    runs = study.plan(quick=False)
     assert len(set(runs)) == len(runs) and {arm for _, arm, *_ in runs} == set(study.ARMS)
-    assert {base for *_, base, _ in runs}.isdisjoint({0, 1, 2, 3, 4, 20, 21}) and min(seed for *_, seed in runs) >= 300
-    for setting, _, base, seed in runs:
-        assert (setting, "GRPO", base, seed) in runs
-    pairs = Counter((setting, arm, base in study.QK) for setting, arm, base, _ in runs)
-    assert pairs["fresh", "BuPO", True] == pairs["finite", "BuPO", True] == 15
-    assert min(pairs.values()) == 6
+    for setting, arm, *pair in runs:
+        assert (setting, study.CONTROL.get(arm, "GRPO"), *pair) in runs
 
 
-def test_paired_differences_and_their_interval():
-    lines = [line(base=b, seed=s, accuracy=0.5) for b in (30, 31) for s in (300, 301)]
-    gains = (0.1, 0.2, 0.3, 0.4)
-    lines += [line("BuPO", b, s, accuracy=0.5 + g) for (b, s), g in zip([(30, 300), (30, 301), (31, 300), (31, 301)], gains)]
-    lines += [line("BuPO", 32, 300, accuracy=0.9)]  # has no partner
-    pairs = study.pairs_of(lines, "fresh", "BuPO", "GRPO", study.QK)
-    found = [r["final"]["5"]["avg@8"] - c["final"]["5"]["avg@8"] for r, c in pairs]
-    assert sorted(found) == pytest.approx(gains)
-    half = 3.182 * np.std(gains, ddof=1) / math.sqrt(4)  # Student's t, 3 degrees of freedom, 95 %
-    assert study.shown(gains) == f"**+25.0 ± {100 * half:.1f}**" and study.shown([0.1, -0.1]).startswith("+0.0 ±")
-    assert f"| BuPO | 4 | 0 | 75.0 (50.0) | **+25.0 ± {100 * half:.1f}** |" in study.comparison(lines, "fresh", ["BuPO"])
+def test_paired_differences_and_their_error():
+    pairs, gains = [(30, 300), (30, 301), (31, 300), (31, 301)], (0.1, 0.2, 0.3, 0.4)
+    lines = [line("GRPO", *pair, 0.5) for pair in reversed(pairs)]
+    lines += [line("BuPO", *pair, 0.5 + gain) for pair, gain in zip(pairs, gains)]
+    lines += [line("BuPO", 32, 300, 0.9)]  # has no partner
+    found = study.differences(lines, "fresh", "BuPO", study.MEASURES["area"])
+    assert found == pytest.approx([10, 20, 30, 40])
+    error = 100 * np.std(gains, ddof=1) / 2
+    assert f"| fresh | BuPO - GRPO | 4 | +25.0 +- {error:.1f} |" in study.report(lines)
 
 
-def test_reward_at_equal_cost():
-    assert study.reward_by_cpu(line(), 4.0) == pytest.approx(1 / 4)
-    assert study.reward_by_cpu(line(), 2.0) == pytest.approx(1 / 2)  # the second step's reward counts from second 1 on
-    assert study.reward_by_cpu(line(reward=(0.0, 1.0)), 1.0) == 0.0
-
-
-def test_probe_reads_nothing_from_the_embedding_of_an_equals_sign():
-    """H^0 is the same at every `=`, so the probe can only guess the commonest result; above it there is something to read."""
-    s = toy.Settings(n=3, n_layer=2, d_model=32)
-    right = study.probe_accuracy(GPT(s.model_config()), 3)
-    expr = {split: toy.draw_problems(toy.numpy_rng(0, toy.PROBE), 512, 3, split) for split in ("train", "eval")}
-    results = {split: np.concatenate([l[:, 0] for l in toy.worked_lines(e)[1:]]) for split, e in expr.items()}
-    commonest = Counter(results["train"].tolist()).most_common(1)[0][0]
-    assert right[0] == pytest.approx(float((results["eval"] == commonest).mean()))
-    assert len(right) == 3 and right[1] > right[0]
+def test_the_finite_set_stays_the_same():
+    s = toy.Settings(n=3, n_layer=2, d_model=32, questions=32, group=2)
+    model, seen = GPT(s.model_config()), set()
+    for step in range(1, 13):
+        batch = study.rollouts(s, model, step, "finite")
+        seen |= {tuple(tokens[:6]) for tokens in batch.tokens.tolist()}
+    fixed = toy.draw_questions(toy.stream(s.seed, "finite set"), study.FINITE, s.n)
+    assert len(seen) > s.questions and seen <= {tuple(toy.encode(p + "=")) for p in fixed}
