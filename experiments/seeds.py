@@ -2,9 +2,9 @@
 
     python experiments/seeds.py      # what is missing, two at a time on one thread each
 
-Does a whole run work for every seed, and does pretraining? The seeds of the twenty bases are used
-by nothing else. A line of results is appended to experiments/results/seeds.jsonl as soon as it is
-there, so stopping costs only what is under way. The runs are in out/seeds; metrics and output of
+Does a whole run work for every seed, and does pretraining? No other experiment uses the seeds of
+the twenty bases. A line of results is appended to experiments/results/seeds.jsonl as soon as it is
+there, so stopping costs only what is under way. The runs are in out/seeds. Metrics and output of
 seed 0 are kept beside the results as a reference.
 """
 
