@@ -12,8 +12,7 @@ model (phase 2, GRPO).
     5  BuPO                          Eq. 11, 15, 16  Algorithm 1: bupo; one step of it: update
     6  measures                      Eq. 8, 9, 13    look_inside, pass_at_k
 
-Left out on purpose: a KL term and an entropy bonus (the paper has neither), and the official
-scripts' dual clip (a cap on the loss at ratio > 10 for negative advantages).
+Left out on purpose: a KL term, an entropy bonus (the paper has neither), the official dual clip.
 
 What this file and analyze.py need of a model, as model.GPT and hf/adapter.py have it:
 
@@ -84,8 +83,8 @@ def policy_logits(model, tokens, policy=FULL, positions=None):
     """Logits (B, T, V) of a policy for tokens (B, T), or (M, V) at the M `positions` of
     tokens.flatten().
 
-    Layers above policy.layer are not computed, so they cannot get a gradient. Raises ValueError for
-    a layer or site that the model does not have.
+    Layers above policy.layer are not computed, so they get no gradient. Raises ValueError for a
+    layer or site that the model does not have.
     """
     layer, site = policy
     if site not in SITES:
@@ -137,8 +136,8 @@ def target_layer(d_mlp) -> int:
     """The layer of phase 1: the last l below the top whose FFN raises entropy, dH_FFN^l > 0.
 
     dH is the paper's name for a change of entropy; its H is not the stream. d_mlp: dH_FFN of layers
-    1..L, means over positions, look_inside(...)["d_mlp"].mean(1). Raises ValueError where no FFN
-    below the top raises entropy: the paper has no rule for that case.
+    1..L, look_inside(...)["d_mlp"].mean(1). Raises ValueError where no FFN below the top raises
+    entropy: the paper has no rule for that case.
     """
     raising = [l for l, d in enumerate(d_mlp[:-1], 1) if d > 0]
     if not raising:
@@ -160,8 +159,7 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
     "rloo"         R - mean of the others in its group (Ahmadian et al. 2024): [1, -1/3, -1/3, -1/3]
     "reinforce++"  (R - mean) / (std + eps) of the whole batch, whatever the group (Hu 2025)
 
-    Exactly 0 where all these rewards are equal. Raises ValueError for another kind, and unless
-    rewards are a matrix with G >= 2.
+    Exactly 0 where all these rewards are equal. Raises ValueError for another kind, or G < 2.
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
@@ -311,12 +309,12 @@ def update(
 
 @torch.no_grad()
 def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, average, temperature):
-    """The mini-batches of a batch: [(chunks, normalizer), ...], with chunks for policy_loss
-    [(tokens, old_logp, advantages, mask), ...] and the number that the loss is divided by.
+    """A batch as [(chunks, normalizer), ...], one a mini-batch: chunks [(tokens, old_logp,
+    advantages, mask), ...] for policy_loss, and the number that the loss is divided by.
 
     Rows with advantage 0 have no gradient: they count in the normalizer, but are not computed. Old
-    log-probabilities are taken here, from the chunks that the gradient is taken from. So in the
-    first mini-batch the ratio is 1, and pi_theta's cannot be passed in for an internal policy's.
+    log-probabilities are taken here, from the very chunks that the gradient will be taken from. So
+    in the first mini-batch the ratio is 1.
     """
     tokens, device = rollouts.tokens, rollouts.tokens.device
     # which rows go where is settled on the CPU, so that a GPU is waited for once and not for each
@@ -343,10 +341,7 @@ def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, ave
 
 
 def add_gradient(model, chunks, policy, **options):
-    """Add the gradient of policy_loss over all chunks to the parameters' .grad.
-
-    Returns the loss and how many tokens are cut off, as tensors; `options` are policy_loss's.
-    """
+    """Add the gradient of policy_loss over all chunks to .grad; returns loss and tokens cut off."""
     loss, cut_off = 0.0, 0
     for chunk in chunks:
         part, n = policy_loss(model, *chunk, policy, **options)

@@ -181,7 +181,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.n_layer, self.vocab_size = cfg, cfg.n_layer, cfg.vocab_size  # L, V
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -205,16 +205,6 @@ class GPT(nn.Module):
     # ---- what minibupo.py and analyze.py use ----
 
     @property
-    def n_layer(self) -> int:
-        """L, the number of layers."""
-        return self.cfg.n_layer
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the size of the vocabulary."""
-        return self.cfg.vocab_size
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed.weight.device
@@ -234,8 +224,7 @@ class GPT(nn.Module):
         return h
 
     def trace(self, tokens):
-        """Yield the LayerTrace of layers 1..L, lazily: a layer that is not asked for is not
-        computed, and one that is not kept is freed."""
+        """Yield the LayerTrace of layers 1..L, lazily: what is not asked for is not computed."""
         self._check_tokens(tokens)
         return self._run(self.embed(tokens), self.n_layer)
 
@@ -250,7 +239,7 @@ class GPT(nn.Module):
         other model."""
         layer = self._check_layer(layer, lowest=1)
         short = copy.copy(self)
-        short.cfg = replace(self.cfg, n_layer=layer)
+        short.cfg, short.n_layer = replace(self.cfg, n_layer=layer), layer
         parts = {"blocks": self.blocks[:layer], "final_norm": nn.Identity()}
         short._modules = {**self._modules, **parts}
         return short
@@ -380,7 +369,7 @@ class GPT(nn.Module):
         if P + max_new_tokens > self.cfg.context_length:
             size = f"context_length = {self.cfg.context_length}"
             raise ValueError(f"a prompt of {P} and {max_new_tokens} new tokens outgrow {size}")
-        everywhere = torch.full((Q,), P, device=prompt.device)
+        everywhere = torch.full((Q,), P, device=prompt.device)  # no padding
         return prompt, everywhere if prompt_len is None else prompt_len
 
 
