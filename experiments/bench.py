@@ -464,9 +464,12 @@ def inside_by_hooks(model, tokens, mask) -> dict:
         stream.append(mid[-1] + kept[f"blocks.{i}.mlp"])
     top = stream[-1]
 
+    def entropy_at(h):
+        log_pi = model.unembed(h).log_softmax(-1)
+        return -(log_pi.exp() * log_pi).sum(-1)[mask]
+
     def entropy(hs):
-        log_pi = [model.unembed(h).log_softmax(-1) for h in hs]
-        return torch.stack([-(x.exp() * x).sum(-1)[mask] for x in log_pi])
+        return torch.stack([entropy_at(h) for h in hs])
 
     def of(part):
         return [kept[f"blocks.{i}.{part}"] for i in range(L)]
