@@ -91,9 +91,10 @@ def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
     """A language model by hf/adapter.py. Raises ValueError where that cannot be imported."""
     try:
         from hf.adapter import encode_chat, encode_text, load
+
+        model, tokenizer = load(source, dtype, toy.pick_device(device))
     except ImportError as error:
-        raise ValueError(f'a language model takes pip install -e ".[hf]": {error}') from None
-    model, tokenizer = load(source, dtype, toy.pick_device(device))
+        raise ValueError(f"{source} cannot be read as a language model: {error}") from None
     name = Path(source).name.removesuffix(".gguf")
 
     def encode(prompt, text):
@@ -185,8 +186,10 @@ def draw_flow(found: dict, log_vocab: float):
     ax.set(ylabel="entropy (nats)", ylim=(0, 1.08 * log_vocab), xlabel="")
     figure.legend(ncols=4, loc="outside upper center")
     curve(below, 0, found["rms_layer"], LAYER)
-    below.set(yscale="log", ylabel="RMS($H^l$)")
-    below.yaxis.set_minor_formatter("")
+    below.set_yscale("log", subs=(2, 5))
+    below.yaxis.set_major_formatter("{x:g}")
+    below.yaxis.set_minor_formatter("{x:g}")
+    below.set_ylabel("RMS($H^l$)")
     return figure
 
 
@@ -258,7 +261,7 @@ def read_training(of: Subject) -> dict:
         return {
             "dynamics": {
                 "training reward": points(steps, lambda r: r["reward"]),
-                f"held-out, n = {n}": points(evals, lambda r: r["tiers"][n][AVG]),
+                f"held-out Avg@{toy.SAMPLES}, n = {n}": points(evals, lambda r: r["tiers"][n][AVG]),
                 "entropy (nats)": points(steps, lambda r: r["policy_entropy"]),
                 "length (tokens)": points(steps, lambda r: r["length"]),
             },
@@ -431,7 +434,7 @@ def step(of: Subject, args):
     for row, end, R, A in zip(tokens, rollouts.end, rollouts.rewards[0], advantages):
         lines.append(f"{R:6g}{A:+11.3f}   {''.join(map(of.word, row[start:end]))}")
     rows = zip(*(one_step(of, model, rollouts, policy).items() for policy in (target, FULL)))
-    lines += ["", *(f"{label:26}{one:>44}{two:>44}" for (label, one), (_, two) in rows), WHY]
+    lines += ["", *(f"{label:30}{one:>44}{two:>44}" for (label, one), (_, two) in rows), WHY]
     text = "\n".join(line.rstrip() for line in lines)
     save_text(of.folder / "step.txt", text)
     if args.command == "step":
@@ -491,13 +494,13 @@ def one_step(of: Subject, model, rollouts: Rollouts, policy: Policy) -> dict[str
         text[f"loss {when} the step"] = f"{value:.5f}"
     text["\ngradient norm of"] = ""
     text |= {f"  {part}": "none" if x is None else f"{x:.4f}" for part, x in norms.items()}
-    text["\nrow   token      advantage"] = "old log p  new log p     ratio cut off"
+    text["\nrow     token      advantage"] = "old log p  new log p     ratio cut off"
     order = advantages.argsort().tolist()
     for i in dict.fromkeys(order[-2:] + order[:2]):  # two of the best responses, two of the worst
         for t in mask[i].nonzero()[:, 0].tolist():
             one = (slice(i, i + 1), slice(t, t + 1))  # this token as a batch of its own
             _, cut = minibupo.surrogate(new[one], old[one], advantages[i : i + 1], mask[one])
-            label = f"{i:3}.{t:<3}{of.word(int(tokens[i, t + 1])):10}{advantages[i]:+8.3f}"
+            label = f"{i:3}.{t:<5}{of.word(int(tokens[i, t + 1])):10}{advantages[i]:+8.3f}"
             p, q = new[i, t], old[i, t]
             text[label] = f"{q:9.4f}{p:11.4f}{(p - q).exp():10.3g}{'yes' if cut else '':>8}"
     return text
@@ -594,7 +597,8 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
     add("--pdf", action="store_true", help="write figures as PDF, too")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="float32", help="of a language model, such as bfloat16")
+    types = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=types, default="float32", help="of a language model")
     argv = list(sys.argv[1:] if argv is None else argv)
     is_run = argv and argv[0] not in COMMANDS and not argv[0].startswith("-")
     return parser.parse_intermixed_args(["all", *argv] if is_run else argv)
