@@ -181,7 +181,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.cfg, self.n_layer, self.vocab_size = cfg, cfg.n_layer, cfg.vocab_size  # L, V
+        self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -204,10 +204,9 @@ class GPT(nn.Module):
 
     # ---- what minibupo.py and analyze.py use ----
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embed.weight.device
+    n_layer = property(lambda self: self.cfg.n_layer, doc="L, the number of layers.")
+    vocab_size = property(lambda self: self.cfg.vocab_size, doc="V, the size of the vocabulary.")
+    device = property(lambda self: self.embed.weight.device, doc="Where the weights are.")
 
     def forward(self, tokens):
         """Logits (B, T, V) of pi_theta for tokens (B, T): unembed(final_norm(H^L))."""
@@ -239,7 +238,7 @@ class GPT(nn.Module):
         other model."""
         layer = self._check_layer(layer, lowest=1)
         short = copy.copy(self)
-        short.cfg, short.n_layer = replace(self.cfg, n_layer=layer), layer
+        short.cfg = replace(self.cfg, n_layer=layer)
         parts = {"blocks": self.blocks[:layer], "final_norm": nn.Identity()}
         short._modules = {**self._modules, **parts}
         return short
