@@ -337,14 +337,13 @@ def respond(model, s: Settings, problems: list[str], samples: int, generator):
 def describe(model, batch: Rollouts, target: Policy) -> dict:
     """What a step's log says of its rollouts. Entropies (nats, temperature 1) and the mean of
     log(pi_target / pi_theta), how far phase 1 is off-policy, are taken on one response a group."""
-    length, right = (batch.end - batch.prompt_len).float(), batch.rewards.mean(1)
-    ended = batch.tokens.gather(1, batch.end[:, None] - 1)[:, 0] == EOS
+    right = batch.rewards.mean(1)
     log = {
         "reward": float(right.mean()),
         "groups_right": float((right == 1).float().mean()),
         "groups_wrong": float((right == 0).float().mean()),
-        "length": float(length.mean()),
-        "cut_off": float((~ended).float().mean()),
+        "length": float((batch.end - batch.prompt_len).float().mean()),
+        "cut_off": float((batch.tokens.gather(1, batch.end[:, None] - 1) != EOS).float().mean()),
     }
     G = batch.rewards.shape[1]
     tokens = batch.tokens[::G]
@@ -660,23 +659,23 @@ def inside_table(records: list, target: Policy, s: Settings) -> str:
 
 def final_table(records: list, s: Settings) -> str:
     """The evaluations before and after RL, by length of problem, with examples."""
-    evaluations = records_of(records, "eval")
+    evaluations, K = records_of(records, "eval"), SAMPLES
     before, after = evaluations[0], evaluations[-1]
-    K, heads = SAMPLES, ("before RL", f"after {after['step']} steps")
-    lines = [f"\n{after['problems']} held-out problems of each length, {K} samples of each, in %"]
-    lines.append("(+- standard error; right steps: no line is wrong; length in tokens)\n")
-    lines.append(" " * 14 + "".join(f"|{head:^45}" for head in heads))
     columns = f"{f'Avg@{K}':>15}{'right steps':>13}{f'Pass@{K}':>8}{'length':>8} "
-    lines.append(f"{'digits':14}" + f"|{columns}" * 2)
+    lines = [
+        f"\n{after['problems']} held-out problems of each length, {K} samples of each, in %",
+        "(+- standard error; right steps: no line is wrong; length in tokens)\n",
+        f"{'':14}|{'before RL':^45}|{'after ' + str(after['step']) + ' steps':^45}",
+        f"{'digits':14}|{columns}|{columns}",
+    ]
     for n in s.tiers:
         lines.append(f"n = {n}{' (unseen)' if n > s.n else '':9}")
         for tier in (before["tiers"][str(n)], after["tiers"][str(n)]):
-            avg, error, steps, passed = (
-                100 * (tier[name] or 0)
-                for name in (f"avg@{K}", f"avg@{K}_se", "right_steps", f"pass@{K}")
+            names = (f"avg@{K}", f"avg@{K}_se", "right_steps", f"pass@{K}")
+            avg, error, steps, passed = (100 * (tier[name] or 0) for name in names)
+            lines[-1] += (
+                f"|{avg:8.1f} +-{error:4.1f}{steps:13.1f}{passed:8.1f}{tier['length']:8.1f} "
             )
-            lines[-1] += f"|{avg:8.1f} +-{error:4.1f}{steps:13.1f}{passed:8.1f}"
-            lines[-1] += f"{tier['length']:8.1f} "
     for when, record in (("before", before), ("after", after)):
         lines += [f"\n{when}:", *(verdict(*example) for example in record["examples"])]
     return "\n".join(lines)
