@@ -576,6 +576,10 @@ def save_figure(path: Path, figure, pdf=False):
 
 COMMANDS = dict(all=everything, entropy=entropy, dynamics=dynamics, writes=writes, lens=lens)
 COMMANDS |= dict(sample=sample, step=step)
+OPTIONS = {  # that not every command has
+    **{"entropy": "prompt text", "writes": "prompt text", "lens": "prompt text view"},
+    **{"sample": "prompt layer count", "step": "prompt layer responses rewards"},
+}
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -601,7 +605,12 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--dtype", choices=types, default="float32", help="of a language model")
     argv = list(sys.argv[1:] if argv is None else argv)
     is_run = argv and argv[0] not in COMMANDS and not argv[0].startswith("-")
-    return parser.parse_intermixed_args(["all", *argv] if is_run else argv)
+    args = parser.parse_intermixed_args(["all", *argv] if is_run else argv)
+    for name in ("prompt", "text", "view", "layer", "count", "responses", "rewards"):
+        given = getattr(args, name) not in (None, parser.get_default(name))
+        if given and name not in OPTIONS.get(args.command, ""):
+            parser.error(f"{args.command} has no {name}")
+    return args
 
 
 def read_subject(args) -> Subject:
