@@ -1,0 +1,141 @@
+"""BuPO as a TRL trainer: GRPOTrainer whose first batches train an internal policy.
+
+    BuPOTrainer(model=..., args=BuPOConfig(bupo_layer=6, bupo_steps=30, ...), ...)
+
+In TRL all log-probabilities (new, old, reference) come from one method. In phase 1 BuPOTrainer
+calls it while the model is cut down to its first `bupo_layer` blocks. Sampling, rewards,
+advantages, loss, optimizer, sharding and saving stay TRL's.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from hf.adapter import HFModel, find_parts, truncated, watching
+from minibupo import entropy, target_layer
+
+if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
+    raise ImportError(f'hf/ needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"')
+
+
+class NoLayerError(ValueError):
+    """The paper's rule names no layer for this model."""
+
+
+@dataclass
+class BuPOConfig(GRPOConfig):
+    """GRPOConfig with the two settings of phase 1. Raises ValueError for what cannot work in it."""
+
+    bupo_layer: int | None = field(
+        default=None,
+        metadata={"help": "layer l of phase 1, 1..L; without it the paper's rule picks one"},
+    )
+    bupo_steps: int = field(
+        default=0,
+        metadata={"help": "s_inter, how many batches of rollouts phase 1 takes; 0 is GRPO"},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bupo_steps < 0:
+            raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
+        if self.bupo_steps == 0:
+            return
+        if self.use_vllm and self.off_policy_mask_threshold is not None:
+            raise ValueError(
+                "off_policy_mask_threshold compares with vLLM's pi_theta, which phase 1 does not "
+                "train: leave it out, or set bupo_steps to 0"
+            )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
+        # In phase 1 the blocks above the layer have no gradient that DDP could wait for.
+        self.ddp_find_unused_parameters = True
+
+
+class BuPOTrainer(GRPOTrainer):
+    """GRPOTrainer with phase 1 (Eq. 10) on the first `bupo_steps` batches of rollouts (Eq. 11).
+
+    What it logs of phase 1 as `entropy`, `kl` and `clip_ratio` is the internal policy's. Raises
+    ValueError for a layer that is not there and a model that HFModel refuses.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layer, self.phase = self.args.bupo_layer, 2
+        if self.args.bupo_steps == 0:
+            return
+        lm = self.accelerator.unwrap_model(self.model)
+        L = find_parts(lm).decoder.config.num_hidden_layers
+        if self.layer is not None and not 1 <= self.layer <= L:
+            raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
+        if not self.is_deepspeed_enabled:  # which may have taken the weights apart already
+            training = lm.training
+            HFModel(lm)
+            lm.train(training)
+
+    def _generate_and_score_completions(self, inputs):
+        # The phase is settled where rollouts are made, and holds for all steps on them. So old and
+        # new log-probabilities are of one policy. global_step survives a resume.
+        if self.args.bupo_steps and self.model.training:
+            per_batch = self.args.steps_per_generation * self.num_iterations
+            micro_steps = self.state.global_step * self.args.gradient_accumulation_steps
+            left = self.args.bupo_steps * per_batch - micro_steps
+            self.phase = 1 if left > 0 else 2
+            if -self.args.gradient_accumulation_steps < left <= 0:
+                # As in minibupo.bupo: moments that remember phase 1's larger gradient make the
+                # first steps of phase 2 too small.
+                self.optimizer.state.clear()
+            # It would weigh pi_Layer^l against vLLM's pi_theta, and nearly every weight would be 0.
+            self.vllm_importance_sampling_correction = (
+                self.args.vllm_importance_sampling_correction and self.phase == 2
+            )
+            self._metrics["train"]["bupo/phase"].append(float(self.phase))
+        return super()._generate_and_score_completions(inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        score = super()._get_per_token_logps_and_entropies
+        if self.phase == 2 or not self.model.training:
+            return score(model, *args, **kwargs)
+        if self.layer is None:
+            self.layer = self._logged_layer() or self._layer_by_rule(model, *args, **kwargs)
+        with truncated(self.accelerator.unwrap_model(model), self.layer):
+            return score(model, *args, **kwargs)
+
+    def _logged_layer(self):
+        """The layer that the rule picked before a resume, or None."""
+        return next((log["bupo/layer"] for log in self.state.log_history if "bupo/layer" in log), 0)
+
+    @torch.no_grad()
+    def _layer_by_rule(self, model, input_ids, attention_mask, keep, batch_size=None, **_) -> int:
+        """minibupo.target_layer on these responses, of all ranks; noted in the log."""
+        lm = self.accelerator.unwrap_model(model)
+        decoder, blocks, _ = find_parts(lm)
+        unembed = lm.get_output_embeddings()
+        chunk = max(1, 2**24 // unembed.weight.shape[0])  # positions that are unembedded at a time
+        changes, count = 0, 0
+        for rows, seen in zip(
+            *(x.split(batch_size or len(x)) for x in (input_ids, attention_mask))
+        ):
+            mask, found = seen[:, -keep:].bool(), []
+
+            def add(trace, mask=mask, found=found):
+                read, wrote = (h[:, -keep - 1 : -1][mask] for h in (trace.mlp_in, trace.mlp_out))
+                parts = zip(wrote.split(chunk), read.split(chunk))
+                found.append(
+                    sum((entropy(unembed(w)) - entropy(unembed(r))).sum() for w, r in parts)
+                )
+
+            # the wrapped model is called, so that sharded weights are gathered
+            with watching(decoder._modules[blocks], add), self.accelerator.autocast():
+                model(input_ids=rows, attention_mask=seen, use_cache=False, logits_to_keep=1)
+            changes, count = changes + torch.stack(found), count + mask.sum()
+        changes = self.accelerator.reduce(changes) / self.accelerator.reduce(count)
+        try:
+            layer = target_layer(changes)
+        except ValueError as error:
+            raise NoLayerError(f"{error}; choose one with bupo_layer") from None
+        log = {"bupo/layer": layer, "bupo/d_mlp": changes.tolist(), "step": self.state.global_step}
+        self.state.log_history.append(log)
+        return layer

@@ -1,0 +1,144 @@
+"""Train a language model by BuPO, with TRL's own command line.
+
+    python -m hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 6 --bupo_steps 30 \
+        --output_dir out/qwen --max_steps 120 --num_generations 8 --logging_steps 1
+
+Also under `accelerate launch -m hf.train` and `torchrun -m hf.train`. Every option of GRPOConfig
+and ModelConfig is one here, too. Without --dataset_name the task is arithmetic, which needs no
+download: answers can be verified, and every fifth problem is held out for evaluation.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+try:
+    from datasets import Dataset, load_dataset
+    from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+    from trl.rewards import accuracy_reward
+
+    from hf.adapter import load_lm
+    from hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
+except ImportError as error:
+    sys.exit(f'hf.train needs pip install -e ".[hf]": {error}')
+
+
+@dataclass
+class TaskArguments(ScriptArguments):
+    """What is trained on: a data set of TRL's kind, or the built-in arithmetic."""
+
+    digits: int = field(default=1, metadata={"help": "arithmetic: digits of both numbers"})
+    operations: str = field(default="+*", metadata={"help": "arithmetic: some of + - *"})
+    eval_problems: int = field(default=64, metadata={"help": "arithmetic: problems to evaluate on"})
+
+
+# ---- the built-in task ---------------------------------------------------------------------------
+
+WORKED = {"+": ("23+45=68", "3+4=7"), "-": ("68-45=23", "7-4=3"), "*": ("12*13=156", "2*4=8")}
+
+
+def arithmetic(digits: int, operations: str):
+    """(training set, held-out set) with columns prompt and answer; no problem is in both.
+
+    A prompt is worked examples and a question, "3+4=7\\n2*4=8\\n6+5=": a base model does not know
+    otherwise what it is asked. Raises ValueError for other operations or 1 > digits > 3.
+    """
+    if not operations or set(operations) - set(WORKED) or digits not in (1, 2, 3):
+        raise ValueError(
+            f"operations must be some of {' '.join(WORKED)} and digits 1, 2 or 3, not "
+            f"{operations!r} and {digits}"
+        )
+    examples = "".join(WORKED[op][digits == 1] + "\n" for op in operations)
+    low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
+    every = torch.cartesian_prod(
+        torch.arange(len(operations)), torch.arange(low, high), torch.arange(low, high)
+    )
+    mixed = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))][:20_000]
+    calculate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    rows = []
+    for op, a, b in mixed.tolist():
+        question = f"{a}{operations[op]}{b}="
+        answer = str(calculate[operations[op]](a, b))
+        if question + answer not in examples.split():
+            rows.append({"prompt": examples + question, "answer": answer})
+    return Dataset.from_list(rows[len(rows) // 5 :]), Dataset.from_list(rows[: len(rows) // 5])
+
+
+def right_answer(completions, answer, **_) -> list[float]:
+    """1 where the first line of a completion is the answer, else 0."""
+    return [float(text.split("\n")[0].strip() == a) for text, a in zip(completions, answer)]
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def read_data(task: TaskArguments, evaluate: bool):
+    """(training set, evaluation set or None, reward). Raises ValueError for what is not there."""
+    if task.dataset_name is None:
+        train, held_out = arithmetic(task.digits, task.operations)
+        held_out = held_out.select(range(min(task.eval_problems, len(held_out))))
+        return train, held_out if evaluate else None, right_answer
+    try:
+        data = load_dataset(task.dataset_name, task.dataset_config)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"there is no data set {task.dataset_name}: {reason}") from error
+    splits = [task.dataset_train_split] + [task.dataset_test_split] * evaluate
+    for split in splits:
+        if split not in data:
+            raise ValueError(f"{task.dataset_name} has no split {split}, only {', '.join(data)}")
+        for column in ("prompt", "solution"):
+            if column not in data[split].column_names:
+                there = ", ".join(data[split].column_names)
+                raise ValueError(f"{task.dataset_name} has no column {column!r}, only {there}")
+    return data[splits[0]], data[splits[1]] if evaluate else None, accuracy_reward
+
+
+def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
+    """Everything up to training. Raises ValueError or ImportError with one sentence."""
+    parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
+    if not torch.accelerator.is_available():
+        # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin
+        parser.set_defaults(bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False)
+    task, config, model = parser.parse_args_and_config(argv)
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
+    train, held_out, reward = read_data(task, config.eval_strategy != "no")
+    lm, tokenizer = load_lm(model.model_name_or_path, model.dtype or "float32")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    trainer = BuPOTrainer(
+        model=lm,
+        args=config,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model),
+    )
+    return trainer, config
+
+
+def main(argv=None) -> int:
+    """Train, evaluate and save; 2 after an error of the user's."""
+    try:
+        trainer, config = make_trainer(argv)
+    except (ValueError, ImportError) as error:
+        print(f"hf.train: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except NoLayerError as error:
+        print(f"hf.train: {error}", file=sys.stderr)
+        return 2
+    trainer.save_model()
+    trainer.save_state()  # trainer_state.json, with the reward curve
+    print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
