@@ -420,6 +420,22 @@ def test_minibatches_are_sets_of_questions_in_order():
         assert_same(gradients(model), gradient)
 
 
+def test_the_gradient_is_clipped_to_its_norm():
+    """By plain gradient descent at rate 1 the weights move by the gradient, as clipped."""
+    for max_norm in (0.1, 1e9):
+        model = tiny(dtype=torch.float64)
+        before, optimizer = (
+            dict(model.named_parameters()),
+            torch.optim.SGD(model.parameters(), lr=1.0),
+        )
+        before = torch.cat([p.detach().flatten() for p in before.values()])
+        options = dict(minibatches=1, max_grad_norm=max_norm)
+        norm = minibupo.update(model, optimizer, rollouts(model), **options)["grad_norm"]
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert norm > 0.1
+        assert float((after - before).norm()) == pytest.approx(min(norm, max_norm), rel=1e-4)
+
+
 def test_padding_changes_nothing():
     model = tiny()
     batch = rollouts(model)
