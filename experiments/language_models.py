@@ -44,14 +44,15 @@ FETCHED = {  # name: packages whose parts make one file, the ending of a part, S
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
 }
-TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour before
-sunset, its keeper walked out with a lamp and a loaf of bread. He had done so for thirty years, in summer
-and in winter, and he knew each stone by its shape. When the wind came from the north the waves
-broke over the wall, and he had to hold on to an iron chain. When it was still, he could hear the
-fishermen talk in their boats, and sometimes they called his name. One night in March the lamp would
-not burn. He cleaned the glass, filled it with fresh oil and cut the wick, but the flame went out
-again and again. So he carried wood up the stairs and lit a fire on the roof. In the morning three
-boats lay safe in the harbour, and nobody in the town had noticed that anything was wrong.
+TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour
+before sunset, its keeper walked out with a lamp and a loaf of bread. He had done so for
+thirty years, in summer and in winter, and he knew each stone by its shape. When the wind
+came from the north the waves broke over the wall, and he had to hold on to an iron chain.
+When it was still, he could hear the fishermen talk in their boats, and sometimes they
+called his name. One night in March the lamp would not burn. He cleaned the glass, filled
+it with fresh oil and cut the wick, but the flame went out again and again. So he carried
+wood up the stairs and lit a fire on the roof. In the morning three boats lay safe in the
+harbour, and nobody in the town had noticed that anything was wrong.
 
 A farmer has 23 cows and 48 sheep. He sells 9 sheep and buys 4 cows. How many animals has he now?
 First count the cows: 23 + 4 = 27. Then count the sheep: 48 - 9 = 39. Together there are 27 + 39 =
