@@ -309,9 +309,9 @@ LOG_LINE = (
 )
 
 
-def rollouts(s: Settings, model, step: int) -> Rollouts:
-    """The questions of a step, a group of responses to each from pi_theta, and their rewards."""
-    problems = draw_questions(stream(s.seed, "questions", step), s.questions, s.n)
+def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -> Rollouts:
+    """A step's questions (new ones, or `problems`), responses of pi_theta to each, and rewards."""
+    problems = problems or draw_questions(stream(s.seed, "questions", step), s.questions, s.n)
     generator = torch_stream(model.device, s.seed, "responses", step)
     sampled = respond(model, s, problems, s.group, generator)
     right = [is_right(problems[i // s.group], text) for i, text in enumerate(responses(sampled))]

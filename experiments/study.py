@@ -84,12 +84,7 @@ def rollouts(s: toy.Settings, model, step: int, setting: str) -> Rollouts:
         return toy.rollouts(s, model, step)
     problems = toy.draw_questions(toy.stream(s.seed, "finite set"), FINITE, s.n)
     problems = toy.stream(s.seed, "questions", step).sample(problems, s.questions)
-    generator = toy.torch_stream(model.device, s.seed, "responses", step)
-    sampled = toy.respond(model, s, problems, s.group, generator)
-    right = [
-        toy.is_right(problems[i // s.group], text) for i, text in enumerate(toy.responses(sampled))
-    ]
-    return Rollouts(*sampled, torch.tensor(right).float().view(s.questions, s.group))
+    return toy.rollouts(s, model, step, problems)
 
 
 def run(setting: str, arm_name: str, seed: int, base: Path, sizes: dict) -> dict:
