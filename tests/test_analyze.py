@@ -309,8 +309,11 @@ def test_everything_of_a_run(copied):
     figures = {"entropy_flow", "entropy_change", "writes"}
     expected = {"lens", "dynamics", "refinement", *figures, *(f"final/{f}" for f in figures)}
     assert made == {f"{name}.{kind}" for name in expected for kind in ("png", "pdf")} | {
-        "entropy.json", "final/entropy.json", "lens.html", "step.txt"
-    }  # fmt: skip
+        "entropy.json",
+        "final/entropy.json",
+        "lens.html",
+        "step.txt",
+    }
 
 
 def test_training_curves_are_those_logged(finished):

@@ -40,12 +40,25 @@ from minibupo import (
 from model import GPT, GPTConfig
 
 SIZES = dict(
-    vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16,
-)  # fmt: skip
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 OPEN = {
     "Qwen3": dict(head_dim=8, tie_word_embeddings=True),
     "Qwen2": dict(tie_word_embeddings=True),
@@ -154,9 +167,18 @@ def into_gpt(lm, **switches):
     """The weights of a Qwen3, Qwen2 or Llama in our GPT."""
     c = lm.config
     sizes = dict(
-        vocab_size=37, context_length=64, n_layer=3, d_model=32, n_head=4, n_kv_head=2, d_mlp=40, norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_parameters["rope_theta"], tied=c.tie_word_embeddings, head_dim=lm.model.layers[0].self_attn.head_dim,
-    )  # fmt: skip
+        vocab_size=37,
+        context_length=64,
+        n_layer=3,
+        d_model=32,
+        n_head=4,
+        n_kv_head=2,
+        d_mlp=40,
+        norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_parameters["rope_theta"],
+        tied=c.tie_word_embeddings,
+        head_dim=lm.model.layers[0].self_attn.head_dim,
+    )
     gpt = GPT(GPTConfig(**sizes, **switches))
     state = {
         "embed.weight": lm.model.embed_tokens.weight,
@@ -167,10 +189,13 @@ def into_gpt(lm, **switches):
         a, m = layer.self_attn, layer.mlp
         qkv = (a.q_proj, a.k_proj, a.v_proj)
         block = {
-            "attn_norm.weight": layer.input_layernorm.weight, "mlp_norm.weight": layer.post_attention_layernorm.weight,
-            "attn.qkv.weight": torch.cat([p.weight for p in qkv]), "attn.out.weight": a.o_proj.weight,
-            "mlp.gate_up.weight": torch.cat([m.gate_proj.weight, m.up_proj.weight]), "mlp.down.weight": m.down_proj.weight,
-        }  # fmt: skip
+            "attn_norm.weight": layer.input_layernorm.weight,
+            "mlp_norm.weight": layer.post_attention_layernorm.weight,
+            "attn.qkv.weight": torch.cat([p.weight for p in qkv]),
+            "attn.out.weight": a.o_proj.weight,
+            "mlp.gate_up.weight": torch.cat([m.gate_proj.weight, m.up_proj.weight]),
+            "mlp.down.weight": m.down_proj.weight,
+        }
         if switches["qkv_bias"]:
             block["attn.qkv.bias"] = torch.cat([p.bias for p in qkv])
         if switches["qk_norm"]:
@@ -186,10 +211,16 @@ def into_gpt(lm, **switches):
     [
         ("Qwen3", dict(head_dim=8, tie_word_embeddings=True), dict(qk_norm=True, qkv_bias=False)),
         ("Qwen3", dict(head_dim=12, rms_norm_eps=1e-3), dict(qk_norm=True, qkv_bias=False)),
-        ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)), dict(qk_norm=False, qkv_bias=True)),
+        (
+            "Qwen2",
+            dict(
+                tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)
+            ),
+            dict(qk_norm=False, qkv_bias=True),
+        ),
         ("Llama", dict(rms_norm_eps=1e-5), dict(qk_norm=False, qkv_bias=False)),
     ],
-)  # fmt: skip
+)
 def test_our_block_is_qwen3(family, changes, switches):
     """GPT, HFModel on the same weights: stream, writes, logits to 1e-5, samples of one generator."""
     lm, tokens = build(family, **changes), random_tokens()
@@ -267,9 +298,17 @@ def write_gguf(path, lm, *extra):
         w.add_token_merges(["a b"]),
         w.add_eos_token_id(1),
     )
-    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down"}  # fmt: skip
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
     for name, p in lm.named_parameters():
         x, (*_, kind, _) = p.detach().numpy(), name.split(".")
         name = name.removeprefix("model.").removesuffix(".weight")
@@ -324,10 +363,25 @@ def test_what_cannot_be_read_is_named(directory, tmp_path, monkeypatch):
 # ---- the trainer ---------------------------------------------------------------------------------
 
 OPTIONS = dict(
-    use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-    per_device_train_batch_size=8, num_generations=4, max_completion_length=5, steps_per_generation=2, gradient_accumulation_steps=1,
-    loss_type="bnpo", learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.1, dataloader_pin_memory=False, seed=3,
-)  # fmt: skip
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to="none",
+    save_strategy="no",
+    logging_steps=1,
+    disable_tqdm=True,
+    per_device_train_batch_size=8,
+    num_generations=4,
+    max_completion_length=5,
+    steps_per_generation=2,
+    gradient_accumulation_steps=1,
+    loss_type="bnpo",
+    learning_rate=1e-2,
+    lr_scheduler_type="constant",
+    weight_decay=0.1,
+    dataloader_pin_memory=False,
+    seed=3,
+)
 
 
 def reward(completion_ids, **_):
@@ -339,9 +393,13 @@ def make(tokenizer, out, trainer=BuPOTrainer, lm=None, peft=None, **options):
     config = BuPOConfig if issubclass(trainer, BuPOTrainer) else GRPOConfig
     prompts = [f"{a}+{b}=" for a in range(12) for b in range(4)]
     return trainer(
-        model=build(head_dim=8, tie_word_embeddings=True) if lm is None else lm, processing_class=tokenizer, reward_funcs=reward,
-        train_dataset=Dataset.from_dict({"prompt": prompts}), peft_config=peft, args=config(output_dir=str(out), **(OPTIONS | options)),
-    )  # fmt: skip
+        model=build(head_dim=8, tie_word_embeddings=True) if lm is None else lm,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        peft_config=peft,
+        args=config(output_dir=str(out), **(OPTIONS | options)),
+    )
 
 
 def weights(trainer):
@@ -575,8 +633,21 @@ def test_settings_that_cannot_work(tokenizer, tmp_path, options, says):
 
 
 def arguments(directory, out, **options):
-    short = dict(model_name_or_path=directory, output_dir=out, use_cpu=True, max_steps=4, bupo_steps=1, bupo_layer=2, per_device_train_batch_size=8,
-                 num_generations=4, max_completion_length=3, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True)  # fmt: skip
+    short = dict(
+        model_name_or_path=directory,
+        output_dir=out,
+        use_cpu=True,
+        max_steps=4,
+        bupo_steps=1,
+        bupo_layer=2,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=3,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     return [word for name, value in (short | options).items() for word in (f"--{name}", str(value))]
 
 

@@ -362,8 +362,11 @@ def test_old_logprobs_are_those_of_the_policy_before_the_first_step(policy, temp
     options = (3, "grpo", 5, "token", temperature)
     minibatches = minibupo.make_minibatches(model, batch, policy, *options)
     scored = minibupo.token_logprobs(model, batch.tokens, mask_of(batch), policy, temperature)
-    wanted = sorted(scored[i, : batch.end[i] - 1].sum().item() for i in range(24)
-                    if minibupo.group_advantages(batch.rewards).flatten()[i] != 0)  # fmt: skip
+    wanted = sorted(
+        scored[i, : batch.end[i] - 1].sum().item()
+        for i in range(24)
+        if minibupo.group_advantages(batch.rewards).flatten()[i] != 0
+    )
     found = sorted(
         x for chunks, _ in minibatches for _, old, _, _ in chunks for x in old.sum(1).tolist()
     )
@@ -579,8 +582,12 @@ def test_look_inside_against_a_float64_loop(chunk):
     def size(h):
         return float(h.square().mean().sqrt())
 
-    positions = [(i, t) for i in range(6) for t in range(batch.tokens.shape[1] - 1)
-                 if batch.prompt_len[i] - 1 <= t < batch.end[i] - 1]  # fmt: skip
+    positions = [
+        (i, t)
+        for i in range(6)
+        for t in range(batch.tokens.shape[1] - 1)
+        if batch.prompt_len[i] - 1 <= t < batch.end[i] - 1
+    ]
     assert found["layer"].shape == (4, len(positions)) and found["attn"].shape == (
         3,
         len(positions),

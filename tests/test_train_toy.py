@@ -141,8 +141,14 @@ def training_lines(rng, n):
 
 
 def test_one_in_eight_is_held_out():
-    every = [f"{a}{p}{b}{q}{c}" for a in "0123456789" for b in "0123456789" for c in "0123456789"
-             for p in "+-*" for q in "+-*"]  # fmt: skip
+    every = [
+        f"{a}{p}{b}{q}{c}"
+        for a in "0123456789"
+        for b in "0123456789"
+        for c in "0123456789"
+        for p in "+-*"
+        for q in "+-*"
+    ]
     assert sum(map(toy.held_out, every)) / len(every) == pytest.approx(1 / 8, abs=0.02)
     assert not any(toy.held_out(f"{a}+{b}") for a in "0123456789" for b in "0123456789")
     for n, count in ((2, 5), (3, 1001)):
@@ -392,29 +398,32 @@ def test_default_directories_never_collide(tmp_path, monkeypatch):
 # ---- bad input ----
 
 
-@pytest.mark.parametrize("argv,says", [
-    (["--steps", "3", "--s_inter", "4"], "s_inter = 4 is more than steps = 3"),
-    (["--layer", "0"], "layer must be at least 1"),
-    (["--layer", "6"], "layer must be in 1..5"),
-    (["--site", "attn_out"], "site attn_out needs a layer"),
-    (["--layer", "auto", "--site", "attn_out"], "site attn_out needs a layer"),
-    (["--algo", "grpo", "--layer", "2"], "layer is for phase 1"),
-    (["--s_inter", "0", "--site", "mlp_out"], "site is for phase 1"),
-    (["--algo", "grpo", "--s_inter", "3"], "s_inter = 3 is for phase 1"),
-    (["--group", "1"], "group must be at least 2, not 1"),
-    (["--lr", "0"], "lr must be at least"),
-    (["--lr", "nan"], "lr must be at least"),
-    (["--skip", "1.5"], "skip must be at most 1"),
-    (["--n", "2"], "n must be at least 3"),
-    (["--seed", "4294967296"], "seed must be at most"),
-    (["--seed", "-1"], "seed must be at least 0"),
-    (["--d_model", "63"], "does not divide d_model"),
-    (["--d_model", "66"], "head_dim must be even"),
-    (["--resume"], "--resume needs --out_dir"),
-    (["--resume", "--out_dir", "nowhere"], "holds no run"),
-    (["--base", "nowhere.pt"], "nowhere.pt"),
-    (["--base", "."], "directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv,says",
+    [
+        (["--steps", "3", "--s_inter", "4"], "s_inter = 4 is more than steps = 3"),
+        (["--layer", "0"], "layer must be at least 1"),
+        (["--layer", "6"], "layer must be in 1..5"),
+        (["--site", "attn_out"], "site attn_out needs a layer"),
+        (["--layer", "auto", "--site", "attn_out"], "site attn_out needs a layer"),
+        (["--algo", "grpo", "--layer", "2"], "layer is for phase 1"),
+        (["--s_inter", "0", "--site", "mlp_out"], "site is for phase 1"),
+        (["--algo", "grpo", "--s_inter", "3"], "s_inter = 3 is for phase 1"),
+        (["--group", "1"], "group must be at least 2, not 1"),
+        (["--lr", "0"], "lr must be at least"),
+        (["--lr", "nan"], "lr must be at least"),
+        (["--skip", "1.5"], "skip must be at most 1"),
+        (["--n", "2"], "n must be at least 3"),
+        (["--seed", "4294967296"], "seed must be at most"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--d_model", "63"], "does not divide d_model"),
+        (["--d_model", "66"], "head_dim must be even"),
+        (["--resume"], "--resume needs --out_dir"),
+        (["--resume", "--out_dir", "nowhere"], "holds no run"),
+        (["--base", "nowhere.pt"], "nowhere.pt"),
+        (["--base", "."], "directory"),
+    ],
+)
 def test_impossible_options(argv, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*argv) == 2
