@@ -1,12 +1,14 @@
-"""The study's plan, its paired differences and PPO's pieces. Its smallest form as a whole runs in
+"""The study's plan, its paired differences, PPO's pieces and the mechanism's gradients. Its smallest form as a whole runs in
 CI."""
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 import train_toy as toy
-from experiments import ppo, study
+from experiments import mechanism, ppo, study
+from minibupo import FULL, Policy, add_gradient, make_minibatches
 from model import GPT
 
 
@@ -71,3 +73,34 @@ def test_ppo_of_equal_advantages_in_a_row_is_the_surrogate():
     logp, mask = old + 0.3 * torch.randn(4, 6), torch.rand(4, 6) > 0.3
     found = ppo.token_surrogate(logp, old, advantages[:, None].expand(4, 6), mask)
     torch.testing.assert_close(found, ppo.surrogate(logp, old, advantages, mask)[0])
+
+
+@pytest.mark.parametrize("policy", [FULL, Policy(2)])
+def test_the_gradient_of_the_mechanism_is_that_of_an_update(policy):
+    torch.manual_seed(0)
+    s = toy.Settings(n=3, n_layer=3, d_model=32, questions=4, group=4)
+    model = GPT(s.model_config())
+    rollouts = toy.rollouts(s, model, 1)
+    rollouts = rollouts._replace(rewards=torch.rand(4, 4))
+    batch = mechanism.Batch(rollouts)
+    found = mechanism.gradient(model, policy, batch, batch.of_rows[batch.row])
+    model.zero_grad(set_to_none=True)
+    options = dict(average="token", temperature=1.0)
+    [(chunks, n)] = make_minibatches(model, rollouts, policy, 1, "grpo", chunk=64, **options)
+    add_gradient(model, chunks, policy, normalizer=n, **options)
+    assert len(found) == (policy.layer or 3)
+    for block, vector in zip(model.blocks, found):
+        wanted = torch.cat([p.grad.flatten() for p in block.parameters()])
+        torch.testing.assert_close(vector, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_all_cosines_of_a_batch():
+    torch.manual_seed(0)
+    s = toy.Settings(n=3, n_layer=3, d_model=32, questions=8, group=4)
+    model = GPT(s.model_config())
+    rollouts = toy.rollouts(s, model, 1)._replace(rewards=torch.rand(8, 4))
+    found = mechanism.measure(model, rollouts, torch.Generator().manual_seed(0))
+    assert all(len(values) == 3 and np.abs(values).max() <= 1.001 for values in found.values())
+    # of the top layer with the final norm the internal policy is pi_theta itself
+    assert found["normed"][-1] == pytest.approx(1, abs=1e-4)
+    assert found["raw"][-1] < 0.999
