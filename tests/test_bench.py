@@ -1,22 +1,13 @@
-"""experiments/bench.py: that every section runs, and what its numbers rest on. Its FLOPs are those
-that torch's own counter counts, row by row and token by token; the model that TRL trains is ours."""
+"""experiments/bench.py: that every section runs, that its FLOPs are those that torch counts, row by
+row and token by token, and that the model which TRL trains is ours."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny
 
 import train_toy as toy
 from experiments import bench
-from model import GPT, Generation, GPTConfig
-
-
-@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=4, head_dim=6, d_mlp=20, tied=False)])
-def test_flops_are_those_that_torch_counts(changes):
-    model, tokens = tiny(**changes), torch.randint(11, (3, 7))
-    forward = bench.forward_flops(model.cfg, positions=3 * 7, pairs=3 * 7 * 7, unembedded=3 * 7)
-    assert bench.counted(lambda: model(tokens).detach()) == forward
-    assert bench.counted(lambda: model(tokens).sum().backward()) == 3 * forward
+from model import GPT, Generation
 
 
 def test_flops_of_an_update_and_of_sampling_row_by_row():
@@ -38,32 +29,12 @@ def test_flops_of_an_update_and_of_sampling_row_by_row():
     assert bench.sampling_flops(model.cfg, sampled, group=2) == sampling
 
 
-def test_tilted_rewards_leave_no_row_without_an_advantage():
-    rewards = (torch.arange(256)[:, None] >> torch.arange(8)) % 2  # all there are for a group of 8
-    advantages = bench.minibupo.group_advantages(bench.tilt(rewards))
-    assert advantages.abs().min() > 1e-3
-
-
-def test_exponents_and_peak_memory():
-    x = np.array([1, 2, 4, 8])
-    assert bench.exponents(x, 3.0 * x**2) == pytest.approx((2, 2))
-
-    def call():
-        a = torch.ones(1000)  # 4000 bytes
-        b = a + 1
-        del a
-        return b.double()  # 4000 + 8000
-
-    assert bench.peak_memory(call) == 12_000
-
-
 def test_quick_runs_every_section_but_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "trl_peer", lambda: None)  # as if it were not installed
     assert bench.main(["--quick", "--out", str(tmp_path / "bench.json")]) == 0
     printed = capsys.readouterr().out
-    assert all(
-        f"\n## {name}\n\n| " in printed for name in ("limit", "phase1", "scaling", "entropy")
-    )
+    for name in ("limit", "phase1", "scaling", "entropy"):
+        assert f"\n## {name}\n\n| " in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -71,10 +42,7 @@ def test_the_model_that_trl_trains_is_ours():
     pytest.importorskip("trl", reason="the extra `bench` is not installed")
     from experiments import trl_peer
 
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(toy.VOCAB_SIZE, 24, n_layer=2, d_model=32, n_head=4, n_kv_head=2))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 0.1, 0.3)
+    model = tiny(vocab_size=toy.VOCAB_SIZE, n_layer=2, d_model=32)
     qwen3, tokens = trl_peer.to_qwen3(model), torch.randint(toy.VOCAB_SIZE, (3, 24))
     torch.testing.assert_close(qwen3(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
     other = GPT(model.cfg)
