@@ -258,50 +258,51 @@ def plain_logprobs(model, batch, policy, temperature):
 DEFAULTS = dict(minibatches=4, advantage="grpo", average="token", clip=0.2, max_grad_norm=1.0)
 
 
-def plain_update(model, optimizer, batch, policy, temperature=1.0, **options):
-    """update by Eq. 4, token by token: nothing is left out, sorted or taken in chunks."""
+def plain_update(model, batch, policy, temperature=1.0, **options):
+    """update by gradient descent at rate 1, token by token as in Eq. 4: no row is left out."""
     o = DEFAULTS | options
     A = minibupo.group_advantages(batch.rewards, o["advantage"]).flatten().tolist()
-    old = [x.detach() for x in plain_logprobs(model, batch, policy, temperature)]
-    low, high, length, cut, norms = 1 - o["clip"], 1 + o["clip"], [len(x) for x in old], 0, []
-    for group in np.array_split(np.arange(len(A)).reshape(6, 4), o["minibatches"]):  # questions
-        rows, objective = group.flatten().tolist(), 0.0
+    old = [logp.detach() for logp in plain_logprobs(model, batch, policy, temperature)]
+    cut, norms, weights = 0, [], list(model.parameters())
+    for questions in np.array_split(np.arange(24).reshape(6, 4), o["minibatches"]):
+        rows = questions.flatten().tolist()
+        tokens = sum(len(old[i]) for i in rows)
         logp = plain_logprobs(model, batch, policy, temperature)
+        objective = 0.0
         for i in rows:
-            total = sum(length[j] for j in rows)
-            weight = 1 / total if o["average"] == "token" else 1 / (len(rows) * length[i])
+            share = 1 / tokens if o["average"] == "token" else 1 / (len(rows) * len(old[i]))
             for ratio in (logp[i] - old[i]).exp():
-                plain, clipped = ratio * A[i], ratio.clamp(low, high) * A[i]
-                objective = objective + weight * min(plain, clipped)
+                plain = ratio * A[i]
+                clipped = ratio.clamp(1 - o["clip"], 1 + o["clip"]) * A[i]
+                objective = objective + share * min(plain, clipped)
                 cut += int(clipped < plain)
-        optimizer.zero_grad()
-        (-objective).backward()
-        learns = [p for p in model.parameters() if p.grad is not None]
-        norm = math.sqrt(sum(p.grad.square().sum().item() for p in learns))
-        for p in learns:
-            p.grad *= min(1, o["max_grad_norm"] / (norm + 1e-6))
-        optimizer.step()
+        gradient = torch.autograd.grad(objective, weights, allow_unused=True)
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradient if g is not None))
+        for w, g in zip(weights, gradient):
+            if g is not None:
+                w.data += g * o["max_grad_norm"] / max(norm, o["max_grad_norm"])
         norms += [norm] if any(A[i] for i in rows) else []
-    log = {"clip_fraction": cut / sum(length), "grad_norm": np.mean(norms)}
-    return log | {"optimizer_steps": len(norms)}
+    share = cut / sum(len(logp) for logp in old)
+    return {"clip_fraction": share, "grad_norm": np.mean(norms), "optimizer_steps": len(norms)}
 
 
 SEQUENCE = dict(average="sequence", minibatches=2, temperature=0.7, max_grad_norm=0.5)
 BATCH = dict(advantage="reinforce++", minibatches=3, clip=0.05, max_grad_norm=1e9)
 
 
-@pytest.mark.parametrize("chunk,options", [(64, {}), (1, SEQUENCE), (3, BATCH)])
+@pytest.mark.parametrize(
+    "options,chunk", [({}, {}), (SEQUENCE, dict(chunk=1)), (BATCH, dict(chunk=3))]
+)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_update_against_a_plain_loop(policy, chunk, options):
+def test_update_against_a_plain_loop(policy, options, chunk):
     """Ratio, clip, averages, mini-batches, gradient norm: the same weights after it, the same log."""
     ours, plain = (tiny(dtype=torch.float64, tied=False) for _ in range(2))
     batch = rollouts(ours, temperature=options.get("temperature", 1.0))
-    chunked = options if chunk == 64 else options | {"chunk": chunk}  # 64 is the default
-    log = minibupo.update(ours, sgd(ours, lr=1.0), batch, policy, **chunked)
-    expected = plain_update(plain, sgd(plain, lr=1.0), batch, policy, **options)
-    assert log == pytest.approx(expected, rel=1e-6) and log["clip_fraction"] > 0
+    log = minibupo.update(ours, sgd(ours, lr=1.0), batch, policy, **options, **chunk)
+    expected = plain_update(plain, batch, policy, **options)
+    assert log == pytest.approx(expected, rel=1e-5) and log["clip_fraction"] > 0
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("policy", [FULL, Policy(1), Policy(2, "attn_out"), Policy(2, "mlp_out")])
