@@ -117,6 +117,13 @@ def test_forward_against_a_loop_over_heads_and_positions(changes):
         torch.testing.assert_close(model(tokens)[0, t], logits, rtol=1e-5, atol=1e-6)
 
 
+def test_narrow_types_are_normed_and_sampled_in_float32():
+    model, x = tiny(dtype=torch.bfloat16), torch.randn(50, 16, generator=seeded()).bfloat16()
+    model.final_norm.weight.data.fill_(1)
+    assert torch.equal(model.final_norm(x), model.final_norm.float()(x.float()).bfloat16())
+    assert torch.equal(sample(x, 1.0, seeded()), sample(x.float(), 1.0, seeded()))
+
+
 def test_tied_and_untied(model):
     tied = model.cfg.tied
     assert (model.lm_head.weight is model.embed.weight) == tied
@@ -140,14 +147,18 @@ def test_fresh_weights_neither_favour_a_token_nor_let_depth_inflate_the_stream()
 
 
 def test_greedy_takes_the_likeliest_token_of_ragged_rows(model):
-    """By scoring whole rows, within rounding."""
+    """By scoring whole rows, within rounding; also once rows that have ended are dropped."""
     prompt, lengths = random_tokens(5, 7), [7, 3, 5, 4, 6]
-    out = model.generate(prompt, 9, prompt_len=lengths, temperature=0)
-    logits = model(out.tokens).detach()
-    for i, n in enumerate(lengths):
-        assert out.tokens[i, :n].tolist() == prompt[i, :n].tolist() and out.end[i] == n + 9
-        for t in range(n, n + 9):
-            assert logits[i, t - 1, out.tokens[i, t]] > logits[i, t - 1].max() - 1e-4
+    options = dict(prompt_len=lengths, num_samples=2, temperature=0)
+    free = model.generate(prompt, 9, **options)
+    for eos in (None, *free.tokens[torch.arange(10), free.prompt_len + 1].unique().tolist()):
+        out = model.generate(prompt, 9, eos_id=eos, **options)
+        logits = model(out.tokens).detach()
+        for i, (row, start, end) in enumerate(zip(*out)):
+            assert start == lengths[i // 2] and torch.equal(row[:start], prompt[i // 2, :start])
+            assert end == start + 9 or row[end - 1] == eos
+            for t in range(start, end):
+                assert logits[i, t - 1, row[t]] > logits[i, t - 1].max() - 1e-4
 
 
 def test_cached_logits_equal_uncached(model):
@@ -195,7 +206,8 @@ def test_no_token_of_probability_zero_is_sampled(noise, monkeypatch):
 
 def test_same_generator_same_samples_and_no_global_state(model):
     before = torch.get_rng_state()
-    a, b, c = (model.generate(random_tokens(), 8, generator=seeded(s)).tokens for s in (1, 1, 2))
+    # 9 tokens and 15 just fit
+    a, b, c = (model.generate(random_tokens(), 15, generator=seeded(s)).tokens for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(before, torch.get_rng_state())
 
