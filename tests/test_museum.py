@@ -1,0 +1,64 @@
+"""course/bugs: every patch applies, and a test kills every bug.
+
+Each mutated copy runs the one test that its patch names, so all of it takes about a minute.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+BUGS = Path(__file__).parent.parent / "course" / "bugs"
+spec = importlib.util.spec_from_file_location("museum", BUGS / "run.py")
+museum = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(museum)
+
+
+def test_there_are_20_to_25_bugs_of_one_line_in_more_than_one_file():
+    assert 20 <= len(museum.BUGS) <= 25
+    assert {bug.file for bug in museum.BUGS} == {"minibupo.py", "model.py", "train_toy.py"}
+    for i, bug in enumerate(museum.BUGS, 1):
+        assert bug.name.startswith(f"{i:02}-") and bug.why.endswith(".")
+        old, new = bug.old.splitlines(), bug.new.splitlines()
+        assert sum(a != b for a, b in zip(old, new)) == 1 and len(old) == len(new), bug.name
+
+
+@pytest.mark.parametrize("bug", museum.BUGS, ids=lambda bug: bug.name)
+def test_each_patch_applies_and_is_still_python(bug, tmp_path):
+    text = (museum.broken_copy(bug, tmp_path) / bug.file).read_text(encoding="utf-8")
+    compile(text, bug.file, "exec")
+
+
+def test_a_patch_that_does_not_apply_is_named(tmp_path):
+    bug = museum.BUGS[0]._replace(old="a line that is not there\n")
+    with pytest.raises(
+        ValueError, match="01-biased-std.patch: its old text is 0 times in minibupo"
+    ):
+        museum.broken_copy(bug, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def killed_by():
+    return museum.killers()
+
+
+@pytest.mark.parametrize("bug", museum.BUGS, ids=lambda bug: bug.name)
+def test_a_test_kills_it(bug, killed_by):
+    """The one that the patch names: another name in the header would mislead a student."""
+    assert killed_by[bug.name] == bug.killed_by
+
+
+def test_a_bug_that_nothing_kills_is_noticed():
+    bug = museum.BUGS[0]._replace(new=museum.BUGS[0].old, killed_by="tests/test_rollouts.py")
+    assert museum.killer(bug) is None
+
+
+def test_results_and_key_are_of_these_bugs():
+    lines = [json.loads(line) for line in museum.RESULTS.read_text(encoding="utf-8").splitlines()]
+    runs = [(line["bug"], line["seed"]) for line in lines]
+    names = [museum.UNBROKEN, *(bug.name for bug in museum.BUGS)]
+    assert sorted(runs) == sorted((name, seed) for name in names for seed in museum.SEEDS)
+    key = museum.TABLE.read_text(encoding="utf-8")
+    for row in museum.table(lines, {bug.name: bug.killed_by for bug in museum.BUGS}).splitlines():
+        assert row in key.splitlines()
