@@ -152,26 +152,37 @@ def accuracy(state: dict, seed: int) -> float:
 # ---- table and figure --------------------------------------------------------------------------
 
 
-def final(lines: list[dict], name: str) -> tuple[float, float]:
-    """Of one bug, means over seeds: the reward of the last ten steps and the true accuracy at the
-    end, both 0 for a run that stopped."""
-    ended = [line for line in lines if line["bug"] == name and not line["stopped"]]
-    reported = sum(np.mean(line["reported"][-10:]) for line in ended)
-    return reported / len(SEEDS), sum(line["true"][str(STEPS)] for line in ended) / len(SEEDS)
+def final(lines: list[dict], name: str) -> tuple[list, list]:
+    """Of one bug, by seed: the mean reward of the last ten steps, and the true accuracy at the end.
+    Both are 0 for a run that stopped."""
+    mine = [line for line in lines if line["bug"] == name]
+    mine = sorted(mine, key=lambda line: line["seed"])
+    reported = [0.0 if line["stopped"] else np.mean(line["reported"][-10:]) for line in mine]
+    return reported, [0.0 if line["stopped"] else line["true"][str(STEPS)] for line in mine]
+
+
+def passes(true: list) -> bool:
+    """Whether a reader would take it for a method that works."""
+    return bool(np.mean(true) >= PASS)
 
 
 def verdict(lines: list[dict]) -> str:
     """k of N, in one sentence."""
-    passed = sum(final(lines, bug.name)[1] >= PASS for bug in BUGS)
-    return f"{passed} of {len(BUGS)} bugs still pass {PASS:.0%}"
+    true = [final(lines, bug.name)[1] for bug in BUGS]
+    run = [values for values in true if len(values) == len(SEEDS)]
+    missing = len(BUGS) - len(run)
+    rest = f" (still to be trained: {missing})" if missing else ""
+    return f"{sum(map(passes, run))} of {len(run)} bugs still pass {PASS:.0%}{rest}"
 
 
 HEAD = """# Key to the museum
 
-**{verdict}**: the true accuracy after 40 steps, mean of two seeds. Written by run.py.
+**{verdict}**: they do if the true accuracy after 40 steps is as high, as the mean of two seeds.
 
-Reported: the reward of the last ten steps, as the code with the bug counts it, in %. True: Avg@8 of
-the last weights in code without a bug, on 64 held-out problems of 4 digits.
+Written by run.py. The two numbers are those of the two seeds, in %.
+
+Reported: the reward of the last ten steps, as the code with the bug counts it. True: Avg@8 of the
+last weights in code without a bug, on 64 held-out problems of 4 digits.
 
 | no. | bug | what it is, and how one comes to write it | reported | true | passes | killed by |
 |---|---|---|---|---|---|---|"""
@@ -185,8 +196,10 @@ def table(lines: list[dict], killed_by: dict) -> str:
         number, name = bug.name.split("-", 1) if bug else ("", UNBROKEN)
         test = (killed_by[bug.name] or "**none**") if bug else ""
         link = f"[{name}]({bug.name}.patch)" if bug else name
-        cells = (number, link, bug.why if bug else "", f"{100 * reported:.1f}", f"{100 * true:.1f}")
-        cells += ("yes" if true >= PASS else "no", test.replace("tests/", "").replace("::", " "))
+        cells = [number, link, bug.why if bug else ""]
+        cells += [", ".join(f"{100 * x:.0f}" for x in values) for values in (reported, true)]
+        cells.append(("yes" if passes(true) else "no") if true else "")
+        cells.append(test.replace("tests/", "").replace("::", " "))
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -199,14 +212,12 @@ def draw(lines: list[dict]):
     from matplotlib import pyplot as plt
 
     columns = 5
-    figure, axes = plt.subplots(
-        -(-len(BUGS) // columns), columns, figsize=(13, 12), sharex=True, sharey=True
-    )
+    size = dict(nrows=-(-len(BUGS) // columns), ncols=columns, figsize=(13, 12))
+    figure, axes = plt.subplots(**size, sharex=True, sharey=True)
     sound = np.mean([line["reported"] for line in lines if line["bug"] == UNBROKEN], axis=0)
     for ax, bug in zip(axes.flat, BUGS):
-        ax.plot(
-            range(1, STEPS + 1), sound, color="0.75", lw=3, label="reported, code without a bug"
-        )
+        label = "reported, code without a bug"
+        ax.plot(range(1, STEPS + 1), sound, color="0.75", lw=3, label=label)
         for line in (line for line in lines if line["bug"] == bug.name):
             reported, true = line["reported"], line["true"]
             label = "reported by the code with the bug, two seeds"
@@ -242,7 +253,8 @@ def main() -> int:
     for name, test in killed_by.items():
         print(f"{name:32} {test or 'NO TEST KILLS IT'}")
     if not only_tests:
-        os.nice(15)
+        if hasattr(os, "nice"):  # not on Windows
+            os.nice(15)
         jobs = [
             ({"bug": bug.name if bug else UNBROKEN, "seed": seed}, train, bug, seed)
             for seed in SEEDS
