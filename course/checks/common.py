@@ -47,37 +47,6 @@ class Confusion(NamedTuple):
     says: str
 
 
-def check_function(answer, name, cases, right, confusions=(), observe=None, seconds=10):
-    """Compare function `name` of an answer with right(*args) on all cases, or raise Wrong.
-
-    An outcome is a tensor, a number, or the class of an error that is expected. observe(function,
-    *args) turns a call into an outcome where the result itself is not the point."""
-    observe = observe or call
-    function = answer.function(name)
-    expected = [right(*case.args) for case in cases]
-    outcomes = []
-    for case, wanted in zip(cases, expected):
-        outcomes.append(one_outcome(answer, function, observe, case, wanted, seconds))
-        if not same(outcomes[-1], wanted):
-            break
-    else:
-        return
-    # The first case that fails is the one to talk about, but all of them say which confusion it is.
-    failed = len(outcomes) - 1
-    for later, wanted in zip(cases[failed + 1 :], expected[failed + 1 :]):
-        try:
-            outcomes.append(one_outcome(answer, function, observe, later, wanted, seconds))
-        except Wrong:
-            outcomes.append(None)
-    found = diagnose(cases, outcomes, expected, confusions)
-    case, outcome, wanted = cases[failed], outcomes[failed], expected[failed]
-    shown = f"{name} for {case.words}\n  gives  {show(outcome)}\n  not    {show(wanted)}"
-    if found:
-        raise Wrong(found.name, f"{shown}\n{found.says}")
-    check_form(name, outcome, wanted)
-    raise Wrong("value", shown)
-
-
 def call(function, *args):
     """function(*args). Raises Wrong for a function that does not take so many arguments."""
     try:
@@ -85,6 +54,48 @@ def call(function, *args):
     except TypeError as e:
         raise Wrong("arguments", f"the arguments are not those of the stub: {e}") from None
     return function(*args)
+
+
+def check_function(
+    answer,
+    name,
+    cases,
+    right,
+    confusions=(),
+    observe=call,
+    *,
+    seconds=20,
+    compare=None,
+    **tolerance,
+):
+    """Compare function `name` of an answer with right(*args) on all cases, or raise Wrong.
+
+    An outcome is a tensor, a number, or the class of an error that is expected. observe(function,
+    *args) turns a call into an outcome where the result itself is not the point; compare(outcome,
+    wanted) words a difference that numbers do not show. `tolerance`: rtol, atol."""
+    function = answer.function(name)
+    expected = [right(*case.args) for case in cases]
+    outcomes = []
+    for case, wanted in zip(cases, expected):
+        try:
+            outcomes.append(one_outcome(answer, function, observe, case, wanted, seconds))
+        except Wrong:
+            if all(same(*both, **tolerance) for both in zip(outcomes, expected)):
+                raise
+            outcomes.append(None)  # an earlier case fails, so that one is talked about
+    failing = [i for i in range(len(cases)) if not same(outcomes[i], expected[i], **tolerance)]
+    if not failing:
+        return
+    found = diagnose(cases, outcomes, failing, confusions, **tolerance)
+    case, outcome, wanted = (x[failing[0]] for x in (cases, outcomes, expected))
+    differ = (
+        compare(outcome, wanted) if compare else f"gives  {show(outcome)}\n  not    {show(wanted)}"
+    )
+    shown = f"{name} for {case.words}\n  {differ}"
+    if found:
+        raise Wrong(found.name, f"{shown}\n{found.says}")
+    check_form(name, outcome, wanted)
+    raise Wrong("value", shown)
 
 
 def one_outcome(answer, function, observe, case, wanted, seconds):
@@ -100,15 +111,15 @@ def one_outcome(answer, function, observe, case, wanted, seconds):
     return outcome.detach() if isinstance(outcome, torch.Tensor) else outcome
 
 
-def diagnose(cases, outcomes, expected, confusions) -> Confusion | None:
+def diagnose(cases, outcomes, failing, confusions, **tolerance) -> Confusion | None:
     """The confusion that gives what the answer gives, on most of the cases that fail.
 
     On the first of these it has to. On another the answer may have a second mistake. If there are
     several, it is the one that agrees with the answer on most cases in all."""
-    failing = [i for i in range(len(cases)) if not same(outcomes[i], expected[i])]
 
     def agreement(confusion):
-        hits = [same(o, confusion.outcome(*case.args)) for case, o in zip(cases, outcomes)]
+        wrong = [confusion.outcome(*case.args) for case in cases]
+        hits = [same(*both, **tolerance) for both in zip(outcomes, wrong)]
         explained = sum(hits[i] for i in failing)
         return sum(hits) if hits[failing[0]] and explained > len(failing) / 2 else 0
 
