@@ -94,7 +94,7 @@ def check_function(
     shown = f"{name} for {case.words}\n  {differ}"
     if found:
         raise Wrong(found.name, f"{shown}\n{found.says}")
-    check_form(name, outcome, wanted)
+    check_form(f"{name} for {case.words}", outcome, wanted)
     raise Wrong("value", shown)
 
 
@@ -112,16 +112,19 @@ def one_outcome(answer, function, observe, case, wanted, seconds):
 
 
 def diagnose(cases, outcomes, failing, confusions, **tolerance) -> Confusion | None:
-    """The confusion that gives what the answer gives, on most of the cases that fail.
+    """The confusion that gives what the answer gives, if there is one.
 
-    On the first of these it has to. On another the answer may have a second mistake. If there are
-    several, it is the one that agrees with the answer on most cases in all."""
+    On all cases that pass and on the first that fails it has to. Of the others that fail half may
+    be different, for an answer may have a second mistake. Of several it is the one that agrees with
+    the answer on most cases."""
 
     def agreement(confusion):
         wrong = [confusion.outcome(*case.args) for case in cases]
         hits = [same(*both, **tolerance) for both in zip(outcomes, wrong)]
+        passing = all(hit for i, hit in enumerate(hits) if i not in failing)
         explained = sum(hits[i] for i in failing)
-        return sum(hits) if hits[failing[0]] and explained > len(failing) / 2 else 0
+        fits = passing and hits[failing[0]] and 2 * explained >= len(failing)
+        return sum(hits) if fits else 0
 
     best = max(confusions, key=agreement, default=None)
     return best if best and agreement(best) else None
@@ -140,11 +143,11 @@ def same(a, b, rtol=1e-4, atol=1e-5) -> bool:
 
 
 def kind(x) -> str:
-    """What an outcome consists of: truth values, whole numbers, fractions, or its type's name."""
+    """What an outcome consists of: bools, integers, floats, or the name of its type."""
     if isinstance(x, torch.Tensor):
-        whole = "truth values" if x.dtype == torch.bool else "whole numbers"
-        return "fractions" if x.is_floating_point() else whole
-    names = {bool: "truth values", int: "whole numbers", float: "fractions"}
+        whole = "bools" if x.dtype == torch.bool else "integers"
+        return "floats" if x.is_floating_point() else whole
+    names = {bool: "bools", int: "integers", float: "floats"}
     return names.get(type(x), type(x).__name__)
 
 

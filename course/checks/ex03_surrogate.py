@@ -109,6 +109,18 @@ def log_ratio(logp, old_logp, advantage):
     return (min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage),)
 
 
+def min_of_ratios(logp, old_logp, advantage):
+    return (min(exp(logp - old_logp), min(max(exp(logp - old_logp), 0.8), 1.2)) * advantage,)
+
+
+def around_0(logp, old_logp, advantage):
+    return objective(logp, old_logp, advantage, low=-0.2, high=0.2)
+
+
+def no_ratio(logp, old_logp, advantage):
+    return (logp * advantage,)
+
+
 def one_ratio(logp, old_logp, advantages, mask):
     """The ratio of whole sequences instead of tokens."""
     log_ratios = ((logp - old_logp) * mask).sum(1)
@@ -141,6 +153,18 @@ CONFUSIONS = (
         "ratio upside down", loss(upside_down), "Your ratio is pi_old / pi: exp(logp - old_logp)."
     ),
     Confusion("no exp", loss(log_ratio), "This is the log of the ratio. Take exp of it."),
+    Confusion(
+        "min of ratios",
+        loss(min_of_ratios),
+        "You take the minimum of the ratios and multiply afterwards. With a negative advantage the "
+        "smaller ratio has the larger product: multiply first.",
+    ),
+    Confusion("around 0", loss(around_0), "A ratio is clipped around 1: to 1 - clip .. 1 + clip."),
+    Confusion(
+        "no ratio",
+        loss(no_ratio),
+        "This is log pi * advantage, the plain policy gradient. Here it is the ratio.",
+    ),
     Confusion(
         "sequence",
         loss(average="sequence"),

@@ -125,6 +125,16 @@ LAYER_CONFUSIONS = (
         "This is what layer l adds. H^l is all that has been added up so far.",
     ),
     Confusion(
+        "pi_theta",
+        lambda model, tokens, l: logits(model, model.final_norm(H(model, tokens, L))),
+        "This is pi_theta, whatever the layer: all layers and the final norm.",
+    ),
+    Confusion(
+        "sum of sums",
+        lambda model, tokens, l: sum(right_layer(model, tokens, k) for k in range(l + 1)),
+        "You add up resid_post of all layers. Each of them is a sum already: H^l.",
+    ),
+    Confusion(
         "probabilities",
         lambda *args: right_layer(*args).softmax(-1),
         "These are probabilities; logits are wanted, before the softmax.",
@@ -162,6 +172,11 @@ MODULE_CONFUSIONS = (
         "modules swapped",
         module_as({"attention": "ffn", "ffn": "attention"}),
         "Attention and FFN are swapped.",
+    ),
+    Confusion(
+        "always the ffn",
+        module_as({"attention": "ffn", "ffn": "ffn"}),
+        'You give the FFN for either module. Its name is "attention" or "ffn".',
     ),
     Confusion("whole layer", whole_write, "H^l - H^(l-1) is the write of both modules, A^l + F^l."),
     Confusion("module below", other_layer(-1), f"This is the module of layer l - 1. {OFF}"),

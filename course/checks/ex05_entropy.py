@@ -130,6 +130,23 @@ def change(written="ffn", read="ffn_in", sign=1):
     return outcome
 
 
+def final_norm(of):
+    """dH where what is read (or written) is put through the final norm first."""
+
+    def outcome(model, tokens):
+        layers = stream(model, tokens)
+        for layer in layers:
+            name, vector = ("ffn_in", layer["mid"]) if of == "read" else ("ffn", layer["ffn"])
+            layer[name] = model.final_norm(vector)
+        both = (
+            [right(logits(model, layer[name])) for layer in layers] for name in ("ffn", "ffn_in")
+        )
+        written, read = map(torch.stack, both)
+        return written - read
+
+    return outcome
+
+
 def one_layer_less(model, tokens):
     """The FFN against what enters its layer."""
     states = [right(logits(model, H(model, tokens, l))) for l in range(L + 1)]
@@ -157,6 +174,17 @@ CHANGE_CONFUSIONS = (
         "attention's input",
         change(read="attn_in"),
         "You compare with what attention reads. The FFN reads mlp_in, after attention's write.",
+    ),
+    Confusion(
+        "final norm",
+        final_norm("read"),
+        "You normed the stream with the model's final norm. Each FFN has a norm of its own, and "
+        "what comes out of it is trace.mlp_in.",
+    ),
+    Confusion(
+        "written, normed",
+        final_norm("write"),
+        "You normed what the FFN writes. F^l is unembedded as it is.",
     ),
     Confusion("before minus after", change(sign=-1), "The sign: dH is after minus before."),
     Confusion(

@@ -39,6 +39,15 @@ def last(found, d_mlp):
     return found[-1]
 
 
+def gives(value):
+    """The rule, with another outcome than ValueError where there is no such layer."""
+
+    def outcome(d_mlp):
+        return pick(last, otherwise=len(d_mlp) - 1 if value == "L - 1" else value)(d_mlp)
+
+    return outcome
+
+
 def largest(found, d_mlp):
     return max(found, key=lambda l: d_mlp[l - 1])
 
@@ -96,14 +105,15 @@ CONFUSIONS = (
     ),
     *(
         Confusion(
-            f"gives {value}",
-            pick(last, otherwise=value),
+            f"gives {getattr(value, '__name__', value)}",
+            gives(value),
             f"Where no layer below the top raises entropy, you {does}. Raise ValueError with a "
             "sentence: whoever trains must choose.",
         )
         for value, does in (
             (None, "return nothing, and a run would train something else without a word"),
             (0, "give layer 0, the embedding"),
+            ("L - 1", "take layer L - 1 all the same"),
             (-1, "give -1, which Python takes for the last layer"),
             (IndexError, "stop with IndexError, which tells nobody what is wrong"),
         )

@@ -98,19 +98,24 @@ def reference_step(model, optimizer, rollouts, policy, mistake):
     t = torch.arange(1, tokens.shape[1])  # the token that each column is about
     mask = (t >= prompt_len[:, None]) & (t < end[:, None])
     mask = torch.ones_like(mask) if mistake == "no mask" else mask
+    mask &= (t < end[:, None] - 1) if mistake == "no eos" else True
     of_old = FULL if mistake == "pi_theta below" else policy
     old = log_probabilities(model, tokens, of_old).detach()
     if mistake != "never zeroed":
         optimizer.zero_grad()
     for part in range(1 if mistake == "one mini-batch" else 4):
         rows = slice(None) if mistake == "one mini-batch" else slice(6 * part, 6 * part + 6)
-        logp = log_probabilities(model, tokens[rows], policy)
+        logp = log_probabilities(
+            model, tokens[rows], FULL if mistake == "pi_theta above" else policy
+        )
         ratio = (logp - (logp.detach() if mistake == "ratio 1" else old[rows])).exp()
         A = advantages[rows, None]
         objective = torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)[mask[rows]].mean()
-        if mistake not in ("never zeroed", "zeroed once"):
+        if mistake not in ("never zeroed", "zeroed once", "summed up"):
             optimizer.zero_grad()
         (objective if mistake == "uphill" else -objective).backward()
+        if mistake == "summed up" and part < 3:
+            continue
         if mistake != "not clipped":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,6 +138,10 @@ SAYS = {
     "group_advantages compares within a group.",
     "never zeroed": "Gradients pile up from step to step: zero them before each backward.",
     "zeroed once": "You zero the gradient once a batch, so it piles up over the mini-batches.",
+    "summed up": "You sum the gradients of the four mini-batches and make one step. Each makes its "
+    "own.",
+    "no eos": "The last token of each response is not trained. <eos> is part of the response.",
+    "pi_theta above": "Your loss is that of pi_theta in phase 1, too: policy_loss needs `policy`.",
     "one mini-batch": "You make one optimizer step a batch; four were asked for.",
     "no mask": "Prompts and padding are trained as well. Use response_mask.",
     "not clipped": "The gradient's norm is not clipped to 1.",
@@ -146,7 +155,13 @@ def train_small(function):
     if inspect.isgeneratorfunction(function):
         says = "your bupo has a yield, so calling it runs nothing: it waits for a loop over it"
         raise Wrong("generator", says)
-    seen, asked = by_steps(function)
+    try:
+        seen, asked = by_steps(function)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        says = "A second backward runs into the graph of the first: old_logp belongs under "
+        raise Wrong("old has a graph", says + "torch.no_grad(), it is a constant.") from None
     if asked == list(range(STEPS)):
         raise Wrong("from 0", "your steps count from 0; sample(step) wants 1, 2, .., steps")
     if asked != list(range(1, STEPS + 1)):
@@ -157,17 +172,16 @@ def train_small(function):
 
 def compare(seen, wanted) -> str:
     """From which step on the weights are others, and which, in words."""
-    if seen.shape != wanted.shape:
-        return f"weights {tuple(seen.shape)} instead of {tuple(wanted.shape)}"
-    steps = [i for i in range(STEPS + 1) if not same(seen[i], wanted[i])]
-    phase = f"phase {1 if steps[0] <= S_INTER else 2}"
-    named = [(name, p.numel()) for name, p in small_model().named_parameters()]
-    parts = zip(named, *(x[steps[0]].split([n for _, n in named]) for x in (seen, wanted)))
-    others = [name for (name, _), mine, right in parts if not same(mine, right)]
-    which = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    return (
-        f"after step {steps[0]} of {STEPS} ({phase}) these weights are not the right ones: {which}"
+    step = next(i for i in range(STEPS + 1) if not same(seen[i], wanted[i]))
+    names, sizes = zip(*((name, p.numel()) for name, p in small_model().named_parameters()))
+    mine, right, before = (x.split(sizes) for x in (seen[step], wanted[step], wanted[step - 1]))
+    others = [i for i in range(len(names)) if not same(mine[i], right[i])]
+    moved = [names[i] for i in others if same(right[i], before[i])]
+    phase = f"phase {1 if step <= S_INTER else 2}"
+    says = (
+        f"from step {step} of {STEPS} on ({phase}) {len(others)} of {len(names)} weights are wrong"
     )
+    return says + (f"; {moved[-1]} should not have moved" if moved else "")
 
 
 def run(answer, steps=20, questions=32, problems=64) -> tuple[float, float]:

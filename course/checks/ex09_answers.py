@@ -38,8 +38,9 @@ def problems():
 
 
 @cache
-def share_right(policy, temperature=1.0, any_of=1) -> float:
-    """The share of right answers of a model, or of problems with one right answer of `any_of`."""
+def share_right(policy, temperature=1.0, any_of=1, shuffled=False) -> float:
+    """The share of right answers of a model, or of problems with one right answer of `any_of`;
+    shuffled: each answer judged by another problem."""
     prompts, length = toy.padded([toy.encode(p + "=") for p in problems()], "cpu")
     sampled = policy.generate(
         prompts,
@@ -52,7 +53,8 @@ def share_right(policy, temperature=1.0, any_of=1) -> float:
         generator=toy.torch_stream("cpu", 0, "exercise 9"),
     )
     texts = toy.responses(sampled)
-    right = [toy.is_right(problems()[i // SAMPLES], text) for i, text in enumerate(texts)]
+    of = [i % len(problems()) if shuffled else i // SAMPLES for i in range(len(texts))]
+    right = [toy.is_right(problems()[i], text) for i, text in zip(of, texts)]
     return float(torch.tensor(right).view(-1, any_of).any(1).float().mean())
 
 
@@ -109,6 +111,12 @@ ACCURACY_CONFUSIONS = (
         "pi_theta is missing: it comes last, after pi_Layer^1, .., pi_Layer^L.",
     ),
     Confusion(
+        "other problems",
+        shares(shuffled=True),
+        "You judge answers by other problems. The samples of a problem are neighbours: answer i "
+        "belongs to problems[i // samples].",
+    ),
+    Confusion(
         "pass@k",
         shares(any_of=SAMPLES),
         "You count problems with at least one right answer (Pass@K). Count answers.",
@@ -116,11 +124,11 @@ ACCURACY_CONFUSIONS = (
 )
 
 
-def both(model, tokens, everywhere=False, mask=None):
-    """Logits of pi_theta and of pi_Layer^L at the positions of mask."""
-    top = stream(model, tokens[:, :-1])[-1]["post"]
-    at = torch.ones_like(mask) if everywhere else mask
-    return logits(model, model.final_norm(top))[at], logits(model, top)[at]
+def both(model, tokens, mask, below=0):
+    """Logits of pi_theta and of pi_Layer^(L - below) at the positions of mask."""
+    layers = stream(model, tokens[:, :-1])
+    own = logits(model, model.final_norm(layers[-1]["post"]))
+    return own[mask], logits(model, layers[-1 - below]["post"])[mask]
 
 
 def temperature(own, wanted, steps=60):
@@ -132,9 +140,11 @@ def temperature(own, wanted, steps=60):
     return T
 
 
-def matching(everywhere=False, inverse=False, swapped=False):
+def matching(everywhere=False, inverse=False, swapped=False, below=0):
+    """The temperature asked for, or one that a mistake gives."""
+
     def outcome(model, tokens, mask):
-        own, top = both(model, tokens, everywhere, mask)
+        own, top = both(model, tokens, torch.ones_like(mask) if everywhere else mask, below)
         own, top = (top, own) if swapped else (own, top)
         T = temperature(own, entropy(top).mean())
         return 1 / T if inverse else T
@@ -161,6 +171,11 @@ TEMPERATURE_CONFUSIONS = (
         "cannot be foreseen, so entropy is high there.)",
     ),
     Confusion(
+        "layer below",
+        matching(below=1),
+        "You took layer L - 1. H^L is model.residual(tokens, model.n_layer).",
+    ),
+    Confusion(
         "norm twice",
         lambda *args: 1.0,
         "T = 1: both your policies are pi_theta. pi_Layer^L has no final norm.",
@@ -175,7 +190,7 @@ def explain(answer) -> str:
         raise Wrong("not written", "Both functions are right. Now set WHY to a letter, A to E.")
     top, likeliest = policies()[-2], [share_right(p, temperature=0.0) for p in policies()[-2:]]
     text, mask = toy.own_solutions(model, S, 48)
-    own, raw = (entropy(z).mean() for z in both(model, text, mask=mask))
+    own, raw = (entropy(z).mean() for z in both(model, text, mask))
     plain = copy.deepcopy(model)
     plain.final_norm.weight.fill_(1.0)
     length = stream(model, text[:, :-1])[-1]["post"][mask].square().mean(-1).sqrt().mean()

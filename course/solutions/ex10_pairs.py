@@ -22,9 +22,8 @@ SEEDS, STEPS = range(5), 20  # more pairs make the interval smaller, not the pre
 def interval(differences):
     n, mean = len(differences), sum(differences) / len(differences)
     variance = sum((d - mean) ** 2 for d in differences) / (n - 1)  # of one pair
-    return mean, T95[n] * (
-        variance / n
-    ) ** 0.5  # the mean of n pairs has a variance n times smaller
+    error = (variance / n) ** 0.5  # the mean of n pairs has a variance n times smaller
+    return mean, T95[n] * error
 
 
 def variant(model, optimizer, sample, steps):

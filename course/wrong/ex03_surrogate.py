@@ -36,6 +36,21 @@ def no_exp(logp, old_logp, advantages, mask, clip=0.2):
     return -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)[mask].mean()
 
 
+def min_of_ratios(logp, old_logp, advantages, mask, clip=0.2):
+    ratio = (logp - old_logp).exp()
+    smaller = torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
+    return -(smaller * advantages[:, None])[mask].mean()
+
+
+def around_0(logp, old_logp, advantages, mask, clip=0.2):
+    ratio, A = (logp - old_logp).exp(), advantages[:, None]
+    return -torch.minimum(ratio * A, ratio.clamp(-clip, clip) * A)[mask].mean()
+
+
+def no_ratio(logp, old_logp, advantages, mask, clip=0.2):
+    return -(logp * advantages[:, None])[mask].mean()
+
+
 def mean_of_means(logp, old_logp, advantages, mask, clip=0.2):
     objective = torch.minimum(*pieces(logp, old_logp, advantages)) * mask
     return -(objective.sum(1) / mask.sum(1)).mean()
@@ -91,6 +106,9 @@ WRONG = [
     ("clipped_loss", objective, "sign"),
     ("clipped_loss", upside_down, "ratio upside down"),
     ("clipped_loss", no_exp, "no exp"),
+    ("clipped_loss", min_of_ratios, "min of ratios"),
+    ("clipped_loss", around_0, "around 0"),
+    ("clipped_loss", no_ratio, "no ratio"),
     ("clipped_loss", mean_of_means, "sequence"),
     ("clipped_loss", mean_over_padding, "padded tokens"),
     ("clipped_loss", no_mask, "garbage"),

@@ -35,6 +35,17 @@ def what_it_adds(model, tokens, l):
     return model.unembed(trace.attn_out + trace.mlp_out)
 
 
+def pi_theta(model, tokens, l):
+    return model(tokens)
+
+
+def sum_of_sums(model, tokens, l):
+    h = model.embed(tokens)
+    for trace in list(model.trace(tokens))[:l]:
+        h = h + trace.resid_post
+    return model.unembed(h)
+
+
 def probabilities(model, tokens, l):
     return model.unembed(model.residual(tokens, l)).softmax(-1)
 
@@ -91,6 +102,8 @@ WRONG = [
     ("layer_logits", one_above, "layer above"),
     ("layer_logits", in_the_middle, "before the ffn"),
     ("layer_logits", what_it_adds, "write"),
+    ("layer_logits", pi_theta, "pi_theta"),
+    ("layer_logits", sum_of_sums, "sum of sums"),
     ("layer_logits", probabilities, "probabilities"),
     ("layer_logits", log_probabilities, "log-probabilities"),
     ("layer_logits", input_embedding, "embedding for unembedding"),
@@ -100,6 +113,7 @@ WRONG = [
     ("module_logits", module_from("resid_pre", "resid_mid"), "reads, raw"),
     ("module_logits", module_from("resid_mid", "resid_post"), "after the write"),
     ("module_logits", module_from("mlp_out", "attn_out"), "modules swapped"),
+    ("module_logits", module_from("mlp_out", "mlp_out"), "always the ffn"),
     ("module_logits", both_modules, "whole layer"),
     ("module_logits", module_at(-1), "module below"),
     ("module_logits", module_at(1), "module above"),

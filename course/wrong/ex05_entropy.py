@@ -78,6 +78,22 @@ def nothing_subtracted(model, tokens):
     return torch.stack([good(model.unembed(trace.mlp_out)) for trace in model.trace(tokens)])
 
 
+def final_norm(model, tokens):
+    rows = []
+    for trace in model.trace(tokens):
+        read = good(model.unembed(model.final_norm(trace.resid_mid)))
+        rows.append(good(model.unembed(trace.mlp_out)) - read)
+    return torch.stack(rows)
+
+
+def written_normed(model, tokens):
+    rows = []
+    for trace in model.trace(tokens):
+        written = good(model.unembed(model.final_norm(trace.mlp_out)))
+        rows.append(written - good(model.unembed(trace.mlp_in)))
+    return torch.stack(rows)
+
+
 def no_unembedding(model, tokens):
     return torch.stack([good(t.mlp_out) - good(t.mlp_in) for t in model.trace(tokens)])
 
@@ -106,6 +122,8 @@ WRONG = [
     ("ffn_entropy_change", change("mlp_out", "resid_pre"), "enters the layer"),
     ("ffn_entropy_change", change("mlp_out", "attn_in"), "attention's input"),
     ("ffn_entropy_change", change("mlp_out", "mlp_in", -1), "before minus after"),
+    ("ffn_entropy_change", final_norm, "final norm"),
+    ("ffn_entropy_change", written_normed, "written, normed"),
     ("ffn_entropy_change", nothing_subtracted, "no difference"),
     ("ffn_entropy_change", change("resid_post", "mlp_in"), "after the ffn"),
     ("ffn_entropy_change", change("resid_post", "resid_pre"), "dH of layers"),

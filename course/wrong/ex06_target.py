@@ -78,6 +78,10 @@ def minus_one(d_mlp):
     return max(raising(d_mlp), default=-1)
 
 
+def one_below_the_top(d_mlp):
+    return max(raising(d_mlp), default=len(d_mlp) - 1)
+
+
 def index_error(d_mlp):
     return raising(d_mlp)[-1]
 
@@ -103,7 +107,8 @@ WRONG = [
     ("target_layer", nothing, "gives None"),
     ("target_layer", embedding, "gives 0"),
     ("target_layer", minus_one, "gives -1"),
-    ("target_layer", index_error, "gives <class 'IndexError'>"),
+    ("target_layer", one_below_the_top, "gives L - 1"),
+    ("target_layer", index_error, "gives IndexError"),
     ("target_layer", library, "library"),
     ("target_layer", a_fraction, "dtype"),
 ]

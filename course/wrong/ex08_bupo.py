@@ -10,6 +10,8 @@ def improve(model, optimizer, rollouts, policy, mistake=None):
     """An improvement with one line of it written differently."""
     tokens, (Q, G) = rollouts.tokens, rollouts.rewards.shape
     mask = response_mask(rollouts.prompt_len, rollouts.end, tokens.shape[1])
+    if mistake == "no eos":
+        mask = response_mask(rollouts.prompt_len, rollouts.end - 1, tokens.shape[1])
     if mistake == "no mask":
         mask = torch.ones_like(mask)
     advantages = group_advantages(rollouts.rewards).flatten()
@@ -17,7 +19,7 @@ def improve(model, optimizer, rollouts, policy, mistake=None):
         advantages = group_advantages(rollouts.rewards).transpose(0, 1).reshape(-1)
     if mistake == "rewards":
         advantages = rollouts.rewards.flatten()
-    with torch.no_grad():
+    with torch.set_grad_enabled(mistake == "old has a graph"):
         under = FULL if mistake == "pi_theta below" else policy
         old_logp = token_logprobs(model, tokens, mask, under)
     parts = 1 if mistake == "one mini-batch" else 4
@@ -28,10 +30,13 @@ def improve(model, optimizer, rollouts, policy, mistake=None):
         if mistake == "ratio 1":
             with torch.no_grad():
                 old = token_logprobs(model, tokens[rows], mask[rows], policy)
-        loss, _ = policy_loss(model, tokens[rows], old, advantages[rows], mask[rows], policy)
-        if mistake not in ("never zeroed", "zeroed once"):
+        over = FULL if mistake == "pi_theta above" else policy
+        loss, _ = policy_loss(model, tokens[rows], old, advantages[rows], mask[rows], over)
+        if mistake not in ("never zeroed", "zeroed once", "summed up"):
             optimizer.zero_grad()
         (-loss if mistake == "uphill" else loss).backward()
+        if mistake == "summed up" and rows[-1] < Q * G - 1:
+            continue
         if mistake != "not clipped":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
@@ -85,6 +90,10 @@ def yields(model, optimizer, sample, target, s_inter, steps):
 
 
 PIECES = (
+    "summed up",
+    "no eos",
+    "pi_theta above",
+    "old has a graph",
     "pi_theta below",
     "ratio 1",
     "wrong row",

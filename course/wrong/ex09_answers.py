@@ -59,6 +59,15 @@ def percent(model, problems, samples):
     return [100 * share(policy, problems, samples) for policy in [*layers(model), model]]
 
 
+def other_problems(model, problems, samples):
+    found = []
+    for policy in [*layers(model), model]:
+        sampled = train_toy.respond(policy, S, problems, samples, torch.Generator().manual_seed(5))
+        pairs = zip(problems * samples, train_toy.responses(sampled))
+        found.append(sum(train_toy.is_right(*pair) for pair in pairs) / len(problems) / samples)
+    return found
+
+
 def one_right(model, problems, samples):
     tables = [right_ones(policy, problems, samples) for policy in [*layers(model), model]]
     return [float(table.amax(1).mean()) for table in tables]
@@ -98,6 +107,12 @@ def no_mask(model, tokens, mask):
     return find(own, minibupo.entropy(top).mean())
 
 
+def layer_below(model, tokens, mask):
+    own, _ = two(model, tokens)
+    top = policy_logits(model, tokens[:, :-1], Policy(model.n_layer - 1))
+    return find(own[mask], minibupo.entropy(top[mask]).mean())
+
+
 def norm_twice(model, tokens, mask):
     own, _ = two(model, tokens)
     return find(own[mask], minibupo.entropy(own[mask]).mean())
@@ -110,11 +125,13 @@ WRONG = [
     ("accuracies", model_first, "order"),
     ("accuracies", layers_only, "no model"),
     ("accuracies", percent, "percent"),
+    ("accuracies", other_problems, "other problems"),
     ("accuracies", one_right, "pass@k"),
     ("accuracies", by_name, "type"),
     ("matching_temperature", inverse, "inverse"),
     ("matching_temperature", other_policy, "other policy"),
     ("matching_temperature", no_mask, "no mask"),
+    ("matching_temperature", layer_below, "layer below"),
     ("matching_temperature", norm_twice, "norm twice"),
     ("WHY", "A", "WHY A"),
     ("WHY", "B", "WHY B"),
