@@ -1,0 +1,20 @@
+"""Exercise 8 (1 hour): BuPO. From the pieces to a run that reaches 90 %.
+
+1. improve(model, optimizer, rollouts, policy): one pass over a batch. rollouts has tokens (N, T),
+   prompt_len, end (N,), rewards (Q, G): N = Q G rows, responses to one question are neighbours.
+   Old log-probabilities are those that `policy` gives before the first step. Then take Q / 4
+   questions at a time, in order: zero the gradient, policy_loss, backward, clip the gradient's norm
+   to 1 (torch.nn.utils.clip_grad_norm_), step. Q is a multiple of 4.
+2. bupo(model, optimizer, sample, target, s_inter, steps): steps 1..steps of Algorithm 1. A step
+   samples, sample(step), and improves: the policy `target` for the first s_inter steps, then FULL.
+The check compares your weights after each step with its own, on a small model, then trains
+course/base.pt (about a minute) to 90 % at n = 3. Read the docstrings of the pieces first.
+"""
+
+
+def improve(model, optimizer, rollouts, policy):
+    raise NotImplementedError
+
+
+def bupo(model, optimizer, sample, target, s_inter, steps):
+    raise NotImplementedError

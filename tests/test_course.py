@@ -1,0 +1,215 @@
+"""The exercises of the course: stubs fail, solutions pass, each wrong answer gets its feedback."""
+
+import functools
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minibupo
+import model
+import train_toy
+
+COURSE = Path(__file__).parent.parent / "course"
+sys.path.insert(0, str(COURSE))
+
+import check  # noqa: E402
+from checks import common  # noqa: E402
+from checks.common import Answer, Wrong  # noqa: E402
+
+LIBRARY = {"minibupo": minibupo, "model": model, "train_toy": train_toy}
+
+NUMBERS = range(1, len(check.NAMES) + 1)
+
+
+def load(path: Path):
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wrong_answers():
+    """(number of the exercise, name of the function or value, wrong one, name of its feedback)."""
+    for number, name in enumerate(check.NAMES, 1):
+        for entry in load(COURSE / "wrong" / f"{name}.py").WRONG:
+            label = getattr(entry[1], "__name__", "value")
+            yield pytest.param(number, *entry, id=f"{number}-{entry[2]}-{label}")
+
+
+@pytest.mark.parametrize("number, name, wrong, expected", list(wrong_answers()))
+def test_each_wrong_answer_gets_its_own_feedback(number, name, wrong, expected):
+    """The solution, with one function replaced by a wrong one."""
+    exercise = check.load(number)
+    answer = Answer(COURSE / "solutions" / f"{check.NAMES[number - 1]}.py", exercise.REFUSED)
+    setattr(answer.module, name, wrong)
+    answer.path = Path(wrong.__code__.co_filename) if callable(wrong) else answer.path
+    with pytest.raises(Wrong) as found:
+        exercise.check(answer, quick=True)
+    print(f"\n{found.value}")
+    assert found.value.name == expected
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_confusion_has_a_wrong_answer_and_a_sentence_of_its_own(number):
+    exercise, name = check.load(number), check.NAMES[number - 1]
+    known = [
+        confusion
+        for constant, value in vars(exercise).items()
+        if constant.endswith("CONFUSIONS")
+        for confusion in value
+    ]
+    tested = {entry[2] for entry in load(COURSE / "wrong" / f"{name}.py").WRONG}
+    assert {confusion.name for confusion in known} <= tested
+    assert len(tested) >= 3
+    for part in ("name", "says"):
+        assert len({getattr(confusion, part) for confusion in known}) == len(known)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_stub_fails_and_the_solution_passes(number):
+    assert check.feedback(number, COURSE / "exercises", quick=True).name == "not written"
+    assert not isinstance(check.feedback(number, COURSE / "solutions", quick=True), Wrong)
+
+
+@pytest.mark.parametrize("text, expected", load(COURSE / "wrong" / "ex10_pairs.py").WRONG_REPORTS)
+def test_an_incomplete_report_is_told_what_it_lacks(text, expected):
+    with pytest.raises(Wrong) as found:
+        check.load(10).check_report(text)
+    assert found.value.name == expected
+
+
+def test_students_t_of_exercise_10():
+    """95 % of Student's density lie within T95[n], n - 1 degrees of freedom: a sum of thin strips."""
+    for n, bound in load(COURSE / "exercises" / "ex10_pairs.py").T95.items():
+        strips = 200_001
+        t = np.linspace(-bound, bound, strips)
+        c = math.gamma(n / 2) / math.gamma((n - 1) / 2) / math.sqrt((n - 1) * math.pi)
+        density = c * (1 + t**2 / (n - 1)) ** (-n / 2)
+        assert abs(np.trapezoid(density, t) - 0.95) < 1e-4
+
+
+def test_exercise_8_trains():
+    """Its run in a short form: the accuracy of course/base.pt, and after four small steps."""
+    answer = Answer(COURSE / "solutions" / "ex08_bupo.py")
+    before, after = check.load(8).run(answer, steps=4, questions=8, problems=16)
+    assert 0.3 < before < 0.8
+    assert 0 < after <= 1 and after != before
+
+
+# ---- answers that do not run -------------------------------------------------------------------
+
+STUB = "def target_layer(d_mlp):\n"
+BROKEN = {
+    "syntax": (STUB + "    return (", "line 2"),
+    "exception": (
+        STUB + "    layers = []\n    return layers[0] + 1",
+        "line 3: return layers[0] + 1",
+    ),
+    "no function": ("def target(d_mlp):\n    return 1", "no function target_layer"),
+    "arguments": ("def target_layer():\n    return 1", "too many positional arguments"),
+    "time": (STUB + "    while True:\n        pass", "still running after"),
+    "not written": (STUB + "    pass", "returns None"),
+    "type": (STUB + "    return [4]", "list where a number is wanted"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_answer_that_does_not_run_gets_a_sentence(name, tmp_path, monkeypatch):
+    text, part = BROKEN[name]
+    (tmp_path / "ex06_target.py").write_text(text, encoding="utf-8")
+    limit = functools.partial(common.check_function, seconds=1)
+    monkeypatch.setattr(check.load(6), "check_function", limit)
+    wrong = check.feedback(6, tmp_path)
+    assert wrong.name == name
+    assert part in str(wrong)
+
+
+@pytest.mark.parametrize("error", ["SystemExit(1)", "RecursionError", "KeyError('layer')"])
+def test_whatever_an_answer_raises_is_told_with_its_line(error, tmp_path):
+    (tmp_path / "ex06_target.py").write_text(f"{STUB}    raise {error}\n", encoding="utf-8")
+    assert f"line 2: raise {error}" in str(check.feedback(6, tmp_path))
+
+
+def test_an_answer_that_fails_at_import_and_one_that_is_not_there(tmp_path):
+    assert "there is no" in str(check.feedback(6, tmp_path))
+    (tmp_path / "ex06_target.py").write_text("import no_such_package", encoding="utf-8")
+    assert "line 1: import no_such_package" in str(check.feedback(6, tmp_path))
+
+
+def test_ctrl_c_is_no_wrong_answer(tmp_path):
+    (tmp_path / "ex06_target.py").write_text(STUB + "    raise KeyboardInterrupt", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        check.feedback(6, tmp_path)
+
+
+def test_a_bug_of_the_check_keeps_its_traceback():
+    answer = Answer(COURSE / "solutions" / "ex06_target.py")
+    with pytest.raises(ZeroDivisionError):
+        answer.guarded("a bug", 1, lambda: 1 / 0)
+
+
+def test_the_library_is_whole_after_a_check():
+    before = {name: dict(vars(module)) for name, module in LIBRARY.items()}
+    for number in (1, 2, 4, 8):
+        check.feedback(number, COURSE / "exercises", quick=True)
+    assert before == {name: dict(vars(module)) for name, module in LIBRARY.items()}
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder, script", [("..", "course/check.py"), (".", "check.py")])
+def test_the_command_works_from_the_root_and_from_course(folder, script):
+    run = subprocess.run(
+        [sys.executable, script, "6"], cwd=COURSE / folder, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "exercise 6, the target layer: not yet\n\nnot written yet" in run.stdout
+    assert not run.stderr
+
+
+def test_exit_codes_and_words(capsys):
+    assert check.main(["6", "--in", str(COURSE / "solutions")]) == 0
+    assert capsys.readouterr().out == "exercise 6, the target layer: pass\n"
+    with pytest.raises(SystemExit) as left:
+        check.main(["11"])
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_hints_come_one_by_one(number, capsys):
+    hints = check.load(number).HINTS
+    check.main([str(number), "--hint"])
+    out = capsys.readouterr().out
+    assert hints[0] in out and hints[1] not in out
+    assert f"python course/check.py {number} --hint 2" in out
+    check.main([str(number), "--hint", str(len(hints))])
+    out = capsys.readouterr().out
+    assert all(hint in out for hint in hints) and "the next" not in out
+
+
+def test_the_list_says_which_pass(tmp_path, capsys):
+    for name in check.NAMES:
+        source = "solutions" if name == "ex06_target" else "exercises"
+        shutil.copy(COURSE / source / f"{name}.py", tmp_path)
+    (tmp_path / "ex02_advantages.py").write_text("def group_advantages(r):\n    return r")
+    check.main(["--in", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("min")[-1].strip() for line in lines[:10]] == (
+        ["-", "not yet", "-", "-", "-", "pass", "-", "-", "-", "-"]
+    )
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_task_fits_fifteen_lines(number):
+    text = (COURSE / "exercises" / f"{check.NAMES[number - 1]}.py").read_text(encoding="utf-8")
+    task = re.match(r'"""(.*?)"""', text, re.DOTALL)[1]
+    assert len(task.strip().splitlines()) <= 15
