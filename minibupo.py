@@ -12,8 +12,6 @@ model (phase 2, GRPO).
     5  BuPO                          Eq. 11, 15, 16  Algorithm 1: bupo; one step of it: update
     6  measures                      Eq. 8, 9, 13    look_inside, pass_at_k
 
-Left out on purpose: a KL term, an entropy bonus (the paper has neither), the official dual clip.
-
 What this file and analyze.py need of a model, as model.GPT and hf/adapter.py have it:
 
     model(tokens)                  logits (B, T, V) of pi_theta: unembed(final_norm(H^L))
@@ -67,8 +65,7 @@ class Policy(NamedTuple):
     Policy(l, "attn_out")     pi_ATTN^l   = softmax(A^l E_u^T)   Eq. 7
     Policy(l, "mlp_out")      pi_FFN^l    = softmax(F^l E_u^T)   Eq. 7
 
-    Internal policies have no final norm. So Policy(L) is not FULL, and Policy(l) is not the "logit
-    lens", softmax(LN_f(H^l) E_u^T).
+    Internal policies have no final norm: Policy(L) is not FULL, nor Policy(l) the "logit lens".
     """
 
     layer: int | None = None
@@ -184,10 +181,10 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
         average="token"     over all tokens of all responses: the official scripts, our default
         average="sequence"  over the tokens of a response, then over responses: Eq. 4 as printed
 
-    `normalizer` replaces the number of tokens (or responses) where the rows are only a part of a
-    mini-batch. A token is cut off where the clip takes its gradient away: advantage > 0 and ratio >
-    1 + clip, or advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the
-    official code, or exp could overflow. So advantage < 0 and log-ratio > 20 is cut off as well.
+    `normalizer` replaces the number of tokens (or responses) where rows are a part of a mini-batch.
+    A token is cut off where the clip takes its gradient away: advantage > 0 and ratio > 1 + clip,
+    or advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the official
+    code, lest exp overflow: advantage < 0 and log-ratio > 20 is cut off, too.
     """
     advantages = advantages[:, None]
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
@@ -250,9 +247,8 @@ def bupo(model, optimizer, sample, target: Policy, s_inter: int, steps: int, *, 
     for step in range(start, steps + 1):
         policy = target if step <= s_inter else FULL  # Eq. 11: phase 1, then phase 2
         if s_inter > 0 and step == s_inter + 1:
-            # Ours, the official code keeps them: AdamW's moments start afresh in phase 2. The
-            # gradient of phase 1 is several times larger, clipped or not. Moments that remember it
-            # make the first steps of phase 2 too small.
+            # Ours, the official code keeps them: AdamW's moments start afresh. Those of phase 1,
+            # whose gradient is several times larger, would make the first steps too small.
             optimizer.state.clear()
         rollouts = sample(step)  # questions, G responses to each, rewards
         log = update(model, optimizer, rollouts, policy, **options)
@@ -313,8 +309,7 @@ def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, ave
     advantages, mask), ...] for policy_loss, and the number that the loss is divided by.
 
     Rows with advantage 0 have no gradient: they count in the normalizer, but are not computed. Old
-    log-probabilities are taken here, from the very chunks that the gradient will be taken from. So
-    in the first mini-batch the ratio is 1.
+    log-probabilities come from the very chunks of the gradient: the first ratios are exactly 1.
     """
     tokens, device = rollouts.tokens, rollouts.tokens.device
     # which rows go where is settled on the CPU, so that a GPU is waited for once and not for each
@@ -386,26 +381,24 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
     top_length = torch.linalg.vector_norm(top, dim=-1, keepdim=True)
     found = defaultdict(list)
 
-    def add_entropy(name, h):
+    def add(name, h, beside=None):
         found[name].append(torch.cat([entropy(model.unembed(part)) for part in h.split(chunk)]))
-
-    def add(name, h, other):
-        add_entropy(name, h)
-        wide, other = at_least_float32(h), at_least_float32(other)
-        found[f"cos_{name}"].append(torch.cosine_similarity(wide, other, dim=-1))
-        found[f"rms_{name}"].append(wide.square().mean(-1).sqrt())
+        if beside is not None:
+            h, beside = at_least_float32(h), at_least_float32(beside)
+            found[f"cos_{name}"].append(torch.cosine_similarity(h, beside, dim=-1))
+            found[f"rms_{name}"].append(h.square().mean(-1).sqrt())
 
     def add_layer(h):
         add("layer", h, top)
-        add_entropy("layer_normed", model.final_norm(h))
-        add_entropy("layer_matched", torch.nn.functional.normalize(h, dim=-1) * top_length)
+        add("layer_normed", model.final_norm(h))
+        add("layer_matched", torch.nn.functional.normalize(h, dim=-1) * top_length)
 
     for l, trace in enumerate(model.trace(tokens), 1):
         if l == 1:
             add_layer(here(trace.resid_pre))  # H^0
-        add_entropy("attn_in", here(trace.attn_in))
+        add("attn_in", here(trace.attn_in))
         add("attn", here(trace.attn_out), here(trace.resid_pre))
-        add_entropy("mlp_in", here(trace.mlp_in))
+        add("mlp_in", here(trace.mlp_in))
         add("mlp", here(trace.mlp_out), here(trace.resid_mid))
         add_layer(here(trace.resid_post))
     found = {name: torch.stack(rows) for name, rows in found.items()}
@@ -422,9 +415,6 @@ def pass_at_k(n: int, c, k: int):
     the same shape. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     c = np.asarray(c)
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be in 1..{n}, the number of samples, not {k}")
-    if c.size and (c.min() < 0 or c.max() > n):
-        raise ValueError(f"counts of right samples must be in 0..{n}, not {c.min()}..{c.max()}")
-    by_count = np.array([1 - comb(n - right, k) / comb(n, k) for right in range(n + 1)])
-    return by_count[c]
+    if not 1 <= k <= n or np.any((c < 0) | (c > n)):
+        raise ValueError(f"1 <= k <= n and 0 <= c <= n must hold, not k = {k}, n = {n}, c = {c}")
+    return np.array([1 - comb(n - right, k) / comb(n, k) for right in range(n + 1)])[c]

@@ -1,9 +1,10 @@
-"""README's figures, from the five runs of experiments/seeds.py.
+"""README's figures.
 
-    python experiments/figures.py        # after seeds.py; writes experiments/figures/*.png
+    python experiments/figures.py seeds     # after seeds.py: entropy, lens, dynamics, Pass@K
+    python experiments/figures.py study     # after study.py and mechanism.py: effects, prediction
 
 Entropies and the lens are of seed 0, the others of all five seeds. Takes about five minutes and the
-extra `bench`.
+extra `bench`. They are written to experiments/figures.
 """
 
 import shutil
@@ -11,17 +12,86 @@ import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import compare  # noqa: E402
 
 import analyze  # noqa: E402
+from experiments import mechanism, study  # noqa: E402
+from experiments.seeds import read_lines  # noqa: E402
 
 FIGURES = ROOT / "experiments" / "figures"
 RUNS = [str(ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
+ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row says}}
+    "C1": {
+        "BuPO, rule": "BuPO at the rule's layer",
+        "BuPO, layer 3": "BuPO at layer 3",
+        "BuPO, layer 5": "BuPO at layer 5",
+        "BuPO, rule, s_inter 10": "phase 1 of 10 steps, not 5",
+        "BuPO, rule, s_inter 20": "phase 1 of 20 steps",
+    },
+    "C2": {
+        "GRPO, above 3 frozen": "only freezing above layer 3",
+        "GRPO, above 5 frozen": "only freezing above layer 5",
+        "GRPO, moments reset at 5": "only the optimizer's reset",
+    },
+    "C0": {
+        f"BuPO, layer {l}, W = {W}": f"BuPO at layer {l}, base with W = {W}"
+        for l in (3, 5)
+        for W in study.WEIGHTS
+    },
+    "C4": {
+        "96 problems, BuPO": "BuPO on the same 96 problems",
+        "PPO, BuPO": "phase 1 in PPO",
+        "RLOO, BuPO": "phase 1 in RLOO",
+        "Reinforce++, BuPO": "phase 1 in Reinforce++",
+    },
+}
 
-if __name__ == "__main__":
+
+def forest(lines: list[dict]):
+    """Each effect on held-out accuracy over the run, as a row with its 95 % interval over bases."""
+    figure, ax = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
+    labels = []
+    for colour, rows in ROWS.items():
+        for arm, label in rows.items():
+            d = study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
+            if len(d) > 1:
+                mean, half = study.interval(d)
+                ax.errorbar(mean, -len(labels), xerr=half, fmt="o", color=colour, capsize=2)
+                labels.append(f"{label}  ({len(d)})")
+    ax.axvline(0, color="0.45", linewidth=0.8)
+    ax.set_yticks([-i for i in range(len(labels))], labels)
+    ax.set_xlabel("arm - control: accuracy over the run, points  (number of bases)")
+    save(figure, "study_effects.png")
+
+
+def scatter(points: list[tuple]):
+    """Does the cosine at the base predict what phase 1 costs? A point is a base, W and layer."""
+    figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    for i, W in enumerate((0, *study.WEIGHTS)):
+        of_W = [(cosine, effect) for _, w, _, cosine, effect in points if w == W]
+        if of_W:
+            ax.plot(*zip(*of_W), "o", markersize=3.5, color=f"C{i}", label=f"W = {W}")
+    rho, low, high = mechanism.correlation(points)
+    ax.axhline(0, color="0.45", linewidth=0.8)
+    ax.set(xlabel="cosine with GRPO's gradient, on the base", ylabel="BuPO - GRPO, points")
+    ax.set_title(f"Spearman's correlation {rho:.2f} ({low:.2f} to {high:.2f})", size=9)
+    ax.legend()
+    save(figure, "study_prediction.png")
+
+
+def save(figure, name: str):
+    """Write a figure and say so."""
+    figure.savefig(FIGURES / name, dpi=160)
+    print(f"wrote {FIGURES / name}")
+
+
+def of_seeds():
+    """The figures of analyze.py and compare.py, of the runs of seeds.py."""
     with tempfile.TemporaryDirectory() as scratch:
         out = ["--out", scratch]
         failed = (
@@ -33,3 +103,14 @@ if __name__ == "__main__":
             sys.exit("run experiments/seeds.py first")
         for picture in Path(scratch).glob("*.png"):
             shutil.move(picture, FIGURES / picture.name)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["seeds"]:
+        of_seeds()
+    elif sys.argv[1:] == ["study"]:
+        runs = read_lines(study.RESULTS)
+        forest(runs)
+        scatter(mechanism.prediction(read_lines(mechanism.RESULTS), runs))
+    else:
+        sys.exit(__doc__)

@@ -122,13 +122,18 @@ def table_of_bases(lines: list[dict]) -> str:
     )
 
 
-def run_missing(results: Path, jobs: list[tuple]) -> list[dict]:
+def read_lines(results: Path) -> list[dict]:
+    """The lines of a file of results, none if it is not there."""
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def run_missing(results: Path, jobs: list[tuple], at_once=2) -> list[dict]:
     """All lines of a file of results. What of `jobs`, (key, function, argument, ..), has no line
     with its key yet is run, two at a time; a line is appended as soon as it is there."""
-    text = results.read_text(encoding="utf-8") if results.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_lines(results)
     there = [{name: line.get(name) for name in jobs[0][0]} for line in lines]
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(at_once) as pool:
         missing = {pool.submit(*job): key for key, *job in jobs if key not in there}
         try:
             for job in as_completed(missing):

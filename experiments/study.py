@@ -1,20 +1,23 @@
-"""BuPO against GRPO on the toy task, and their variants: paired runs, one line of results a run.
+"""BuPO against GRPO on the toy task: what phase 1 costs, why, and when it costs less.
 
-    python experiments/study.py                # what is missing, two at a time: hours on two cores
+    python experiments/study.py                # what is missing, two runs at a time: three hours
     python experiments/study.py --quick DIR    # its smallest form, in half a minute, into DIR
 
-All arms of a pair start from one base and meet the same problems in the same order; a pair is
-(base, seed). The primary measure is the area under the curve of held-out accuracy, the primary
-contrast BuPO - GRPO. Results and bases are in out/study.
+An arm differs from its control in one thing. Both start from the same bases and meet the same
+problems in the same order. A base is a seed of pretraining; bases differ more than seeds do, so
+every interval is taken over bases. The primary measure is the area under the curve: held-out Avg@8
+at n = 5, mean over the run. The primary contrasts are BuPO - GRPO, at the rule's layer and at 3.
 
-The first and larger study is at commit 07e9ae1: bases without QK-norm, a phase 1 that ends by
-itself, several internal layers in turn, what a linear probe reads, Pass@64, rewards at equal cost,
-figures. What it found is in experiments/results/study.jsonl and study.md.
+Bases 70..77 and seeds 500, 501 were not looked at before; settings are those of an earlier trial on
+bases 50..53. The first study (commit 07e9ae1, results/study-07e9ae1.*) had more: bases without
+QK-norm, a phase 1 that ends by itself, several internal layers in turn, what a linear probe reads,
+Pass@64. They are left out here.
 """
 
 import argparse
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,147 +29,220 @@ sys.path.insert(0, str(ROOT))
 
 import minibupo  # noqa: E402
 import train_toy as toy  # noqa: E402
+from experiments import ppo  # noqa: E402
 from experiments.seeds import base_model, run_missing  # noqa: E402
-from minibupo import FULL, Policy, Rollouts  # noqa: E402
+from minibupo import FULL, Policy  # noqa: E402
 
-RULE = "the layer of the paper's rule"
+RESULTS = ROOT / "experiments" / "results" / "study.jsonl"
+RULE = "rule"  # the layer of the paper's rule on that base
 
 
 class Arm(NamedTuple):
-    """What is compared. In phase 1 layer None is pi_theta: then only the optimizer is reset."""
+    """What is compared. s_inter = 0 is GRPO, or what `advantage` names."""
 
+    control: str | None = "GRPO"
     s_inter: int = 0
-    layer: int | str | None = RULE
+    layer: int | str = RULE
     site: str = "resid_post"
-    advantage: str = "grpo"
+    advantage: str = "grpo"  # or "ppo": a critic in place of groups
+    change: str = ""  # what else is done, see `run`
+    W: float = 0  # weight of the internal layer policies in the base's pretraining
 
 
+FROZEN = {l: Arm(s_inter=5, layer=l, change="frozen") for l in (1, 2, 3, 4, 5, RULE)}
+WEIGHTS = (0.3, 1, 3)
 ARMS = {
-    "GRPO": Arm(),
-    "BuPO": Arm(5),
-    "GRPO, new moments": Arm(5, None),
-    **{f"s_inter {n}": Arm(n) for n in (2, 10, 20, 60)},
-    **{f"layer {l}": Arm(10, l) for l in (1, 2, 3, 4, 5)},
-    "attention": Arm(10, site="attn_out"),
-    "FFN": Arm(10, site="mlp_out"),
-    "RLOO": Arm(advantage="rloo"),
-    "RLOO, BuPO": Arm(5, advantage="rloo"),
-    "Reinforce++": Arm(advantage="reinforce++"),
-    "Reinforce++, BuPO": Arm(5, advantage="reinforce++"),
+    "GRPO": Arm(None),
+    "BuPO, rule": Arm(s_inter=5),
+    **{f"BuPO, layer {l}": Arm(s_inter=5, layer=l) for l in (3, 5, 1, 2, 4)},
+    **{f"GRPO, above {l} frozen": arm for l, arm in FROZEN.items()},
+    **{f"BuPO, rule, s_inter {n}": Arm(s_inter=n) for n in (2, 10, 20, 60)},
+    "BuPO, rule, attention": Arm(s_inter=5, site="attn_out"),
+    "BuPO, rule, FFN": Arm(s_inter=5, site="mlp_out"),
+    "GRPO, moments reset at 5": Arm(s_inter=5, change="only the reset"),
+    "BuPO, rule, moments kept": Arm("BuPO, rule", 5, change="moments kept"),
+    "BuPO, layer 3, on-policy": Arm("BuPO, layer 3", 5, 3, change="on-policy"),
+    "BuPO, layer 3, normed": Arm("BuPO, layer 3", 5, 3, change="normed"),
+    "BuPO, rule, normed": Arm("BuPO, rule", 5, change="normed"),
+    **{f"GRPO, W = {W}": Arm(None, W=W) for W in WEIGHTS},
+    **{
+        f"BuPO, layer {l}, W = {W}": Arm(f"GRPO, W = {W}", 5, l, W=W)
+        for W in WEIGHTS
+        for l in (3, 5)
+    },
+    "RLOO": Arm(None, advantage="rloo"),
+    "RLOO, BuPO": Arm("RLOO", 5, advantage="rloo"),
+    "Reinforce++": Arm(None, advantage="reinforce++"),
+    "Reinforce++, BuPO": Arm("Reinforce++", 5, advantage="reinforce++"),
+    "PPO": Arm(None, advantage="ppo"),
+    "PPO, BuPO": Arm("PPO", 5, advantage="ppo"),
+    "96 problems, GRPO": Arm(None, change="finite set"),
+    "96 problems, BuPO": Arm("96 problems, GRPO", 5, change="finite set"),
 }
-CONTROL = {"RLOO, BuPO": "RLOO", "Reinforce++, BuPO": "Reinforce++"}  # of the others: GRPO
-# "fresh": new problems at each step; "finite": drawn from the same 96 again and again
-SETTINGS, FINITE = ("fresh", "finite"), 96
-SIZES = dict(questions=32, steps=60, lr=4e-4, threads=1)
+MAIN = ("GRPO", "BuPO, rule", "BuPO, layer 3", "96 problems, GRPO", "96 problems, BuPO")
+BASES, SEEDS, FINITE = range(70, 78), (500, 501), 96
+SIZES = dict(questions=32, steps=60, lr=4e-4, threads=1, eval_problems=128)
 QUICK = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
 
 
-def plan(quick: bool) -> list[tuple]:
-    """All runs (setting, arm, base, seed), in the order in which they are wanted."""
-    if quick:
-        arms = ("GRPO", "BuPO", "FFN", "Reinforce++, BuPO", "Reinforce++")
-        return [(setting, arm, 0, 300) for setting in SETTINGS for arm in arms]
-    pairs = [(base, seed) for seed in range(300, 305) for base in (30, 31, 32)]
-    first = [(of, arm, *pair) for of in SETTINGS for pair in pairs for arm in ("GRPO", "BuPO")]
-    rest = [arm for arm in ARMS if arm not in ("GRPO", "BuPO")]
-    return first + [("fresh", arm, *pair) for pair in pairs[:6] for arm in rest]
+def plan() -> list[tuple]:
+    """All runs (arm, base, seed): eight bases and two seeds for the main question, eight and one
+    for the dose W, six and one for the rest. What matters most comes first."""
+    dose = [name for name, arm in ARMS.items() if arm.W or name == "BuPO, layer 5"]
+    rest = [name for name in ARMS if name not in (*MAIN, *dose)]
+    runs = [(name, base, SEEDS[0]) for base in BASES for name in MAIN[:3]]
+    runs += [(name, base, SEEDS[0]) for base in BASES for name in dose]
+    runs += [(name, base, SEEDS[0]) for name in rest for base in BASES[:6]]
+    runs += [(name, base, SEEDS[1]) for base in BASES for name in MAIN[:3]]
+    return runs + [(name, base, seed) for seed in SEEDS for base in BASES for name in MAIN[3:]]
 
 
-def save_base(path: Path, s: toy.Settings):
+def make_base(path: Path, s: toy.Settings):
     """Pretrain a base model, unless it is there."""
     if not path.exists():
         toy.save_checkpoint(path, base_model(s)[0])
 
 
-def rollouts(s: toy.Settings, model, step: int, setting: str) -> Rollouts:
-    """The rollouts of a step, as in train_toy; with questions of the finite set where wanted."""
-    if setting == "fresh":
-        return toy.rollouts(s, model, step)
-    problems = toy.draw_questions(toy.stream(s.seed, "finite set"), FINITE, s.n)
-    problems = toy.stream(s.seed, "questions", step).sample(problems, s.questions)
+def rollouts(s: toy.Settings, model, step: int, finite: bool) -> minibupo.Rollouts:
+    """The rollouts of a step, as in train_toy; of questions from the same 96 where wanted."""
+    problems = None
+    if finite:
+        problems = toy.draw_questions(toy.stream(s.seed, "finite set"), FINITE, s.n)
+        problems = toy.stream(s.seed, "questions", step).sample(problems, s.questions)
     return toy.rollouts(s, model, step, problems)
 
 
-def run(setting: str, arm_name: str, seed: int, base: Path, sizes: dict) -> dict:
+def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
     """Train one arm from one base with one seed; its line of results.
 
-    `reward` by step; `held`: Avg@8 at n on 64 held-out problems by evaluation on the way; `final`:
-    train_toy.evaluate of all lengths."""
+    `held`: [step, processor seconds of training so far, Avg@8 at n on 64 held-out problems];
+    `final`: train_toy.evaluate at n and n + 1. Of PPO `reward` is sampled as that of the others."""
     torch.set_num_threads(1)
-    s, arm, started = toy.Settings(seed=seed, **sizes), ARMS[arm_name], time.process_time()
+    s, arm, started = toy.Settings(seed=seed, **sizes), ARMS[name], time.process_time()
     model = toy.load_model(base)
     layer, s_inter = arm.layer, min(arm.s_inter, s.steps)
     if layer == RULE:
         inside = toy.means_inside(model, *toy.own_solutions(model, s))
         layer = minibupo.target_layer(inside["d_mlp"])
-    target = FULL if layer is None else Policy(layer, arm.site)
+    layer = min(layer, s.n_layer - 1)  # of the smallest form, which has fewer
+    pi_theta = arm.change in ("frozen", "only the reset")  # learns in phase 1 as well
+    target = FULL if pi_theta else Policy(layer, arm.site)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
-    reward, held = [], []
+    above = [*model.blocks[layer:].parameters(), *model.final_norm.parameters()]
+    moments, reward, held, seconds = {}, [], [], 0.0
 
     def sample(step):
-        return rollouts(s, model, step, setting)
+        phase1 = step <= s_inter
+        if step == s_inter + 1:
+            optimizer.state.update(moments)  # after bupo's reset
+        if arm.change == "frozen":
+            for parameter in above:
+                parameter.requires_grad_(not phase1)
+        vars(model).pop("unembed", None)  # responses come from the model as it is
+        sampled_by = model.truncated(layer) if phase1 and arm.change == "on-policy" else model
+        batch = rollouts(s, sampled_by, step, arm.change == "finite set")
+        if phase1 and arm.change == "normed":  # the update reads H^l by way of the final norm
+            model.unembed = lambda h: type(model).unembed(model, model.final_norm(h))
+        return batch
 
-    steps = minibupo.bupo(
-        model, optimizer, sample, target, s_inter, s.steps, advantage=arm.advantage
-    )
-    for step, _, batch, _ in steps:
+    train, options = minibupo.bupo, dict(advantage=arm.advantage)
+    if arm.advantage == "ppo":
+        train, options = ppo.bupo, {}
+    since = time.process_time()
+    for step, _, batch, _ in train(model, optimizer, sample, target, s_inter, s.steps, **options):
+        seconds += time.process_time() - since
+        vars(model).pop("unembed", None)
+        if arm.change == "moments kept":
+            moments = dict(optimizer.state)
         reward.append(float(batch.rewards.mean()))
-        if step % 10 == 0 or step == s.steps:
-            held.append(toy.evaluate(model, s, [s.n], 64)[0][str(s.n)]["avg@8"])
-    final = toy.evaluate(model, s, s.tiers, s.eval_problems)[0]
+        if step % 5 == 0 or step == s.steps:
+            avg = toy.evaluate(model, s, [s.n], 64)[0][str(s.n)]["avg@8"]
+            held.append([step, seconds, avg])
+        since = time.process_time()
+    final = toy.evaluate(model, s, [s.n, s.n + 1], s.eval_problems)[0]
     found = {"n": s.n, "layer": layer, "reward": reward, "held": held, "final": final}
     return found | {"seconds": time.process_time() - started}
 
 
+def area(line: dict) -> float:
+    """Held-out accuracy, mean over the run."""
+    return np.mean([avg for *_, avg in line["held"]])
+
+
 MEASURES = {  # of a line of results, the larger the better
-    "area": lambda line: np.mean(line["held"]),
-    "Avg@8": lambda line: line["final"][str(line["n"])]["avg@8"],
+    "over the run": area,
+    "at the end": lambda line: line["final"][str(line["n"])]["avg@8"],
+    "at the end, n + 1": lambda line: line["final"][str(line["n"] + 1)]["avg@8"],
     "Pass@8": lambda line: line["final"][str(line["n"])]["pass@8"],
-    "Avg@8, unseen": lambda line: line["final"][str(line["n"] + 1)]["avg@8"],
 }
 
 
-def differences(lines, setting, arm, measure) -> list[float]:
-    """Arm - control in one measure, in points (hundredths), of each pair that has both."""
-    of, control = (
-        {(r["base"], r["seed"]): measure(r) for r in lines if (r["setting"], r["arm"]) == which}
-        for which in ((setting, arm), (setting, CONTROL.get(arm, "GRPO")))
-    )
-    return [100 * float(of[pair] - control[pair]) for pair in sorted(of.keys() & control.keys())]
+def at_equal_time(line: dict, control: dict) -> float:
+    """Arm - control over the run, the control taken when it had used as many processor seconds."""
+    _, seconds, avg = np.array(line["held"]).T
+    _, other_seconds, other_avg = np.array(control["held"]).T
+    return np.mean(avg - np.interp(seconds, other_seconds, other_avg))
 
 
-def report(lines) -> str:
-    """Paired differences as a Markdown table: mean +- standard error over pairs, in points."""
-    rows = ["| setting | arm - control | pairs | " + " | ".join(MEASURES) + " |"]
-    rows.append("|" + "---|" * (3 + len(MEASURES)))
-    for setting in SETTINGS:
-        for arm in ARMS:
-            found = [differences(lines, setting, arm, read) for read in MEASURES.values()]
-            pairs = len(found[0])
-            if pairs and arm != "GRPO":
-                cells = [f"{np.mean(d):+.1f}" for d in found]
-                if pairs > 1:
-                    errors = [np.std(d, ddof=1) / pairs**0.5 for d in found]
-                    cells = [f"{mean} +- {error:.1f}" for mean, error in zip(cells, errors)]
-                name = f"{arm} - {CONTROL.get(arm, 'GRPO')}"
-                rows.append(f"| {setting} | {name} | {pairs} | " + " | ".join(cells) + " |")
+def differences(lines: list[dict], name: str, difference) -> list[float]:
+    """Arm - control in points (hundredths), of each base the mean over its seeds."""
+    of = {(line["arm"], line["base"], line["seed"]): line for line in lines}
+    by_base = {}
+    for (arm, *pair), line in of.items():
+        control = of.get((ARMS[name].control, *pair))
+        if arm == name and control:
+            by_base.setdefault(pair[0], []).append(100 * float(difference(line, control)))
+    return [np.mean(by_base[base]) for base in sorted(by_base)]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % t-interval of independent values."""
+    from scipy.stats import t  # of the extra `bench`
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(half)
+
+
+def report(lines: list[dict]) -> str:
+    """All contrasts as a Markdown table: mean ± half of the 95 % interval over bases, in points."""
+    contrasts = {
+        key: lambda line, control, read=read: read(line) - read(control)
+        for key, read in MEASURES.items()
+    } | {"at equal time": at_equal_time}
+    rows = ["| arm - control | bases | " + " | ".join(contrasts) + " |"]
+    rows.append("|" + "---|" * (2 + len(contrasts)))
+    for name, arm in ARMS.items():
+        found = [differences(lines, name, contrast) for contrast in contrasts.values()]
+        if found[0]:
+            several = len(found[0]) > 1
+            cells = [
+                "{:+.1f} ± {:.1f}".format(*interval(d)) if several else f"{d[0]:+.1f}"
+                for d in found
+            ]
+            rows.append(f"| {name} - {arm.control} | {len(found[0])} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
 def main():
-    """Run what is missing; print the table."""
+    """Pretrain and run what is missing; print the table."""
     parser = argparse.ArgumentParser(description="The study of BuPO against GRPO on the toy task.")
     parser.add_argument("--quick", type=Path, metavar="DIR", help="small and short, into DIR")
     quick = parser.parse_args().quick
-    out, sizes = quick or ROOT / "out" / "study", QUICK if quick else SIZES
+    out, results, sizes, runs = ROOT / "out" / "study", RESULTS, SIZES, plan()
+    if quick:
+        arms = ("GRPO", "BuPO, rule", "GRPO, above 3 frozen", "BuPO, rule, normed", "PPO, BuPO")
+        out, results, sizes = quick, quick / "study.jsonl", QUICK
+        runs = [(name, 0, 300) for name in arms]
     out.mkdir(parents=True, exist_ok=True)
-    runs, jobs = plan(bool(quick)), []
-    for base in sorted({base for *_, base, _ in runs}):
-        save_base(out / f"base{base}.pt", toy.Settings(seed=base, **sizes))
-    for setting, arm, base, seed in runs:
-        key = {"setting": setting, "arm": arm, "base": base, "seed": seed}
-        jobs.append((key, run, setting, arm, seed, out / f"base{base}.pt", sizes))
-    print(report(run_missing(out / "study.jsonl", jobs)))
+    bases, jobs = {}, []
+    for name, base, seed in runs:
+        W = ARMS[name].W
+        path, key = out / f"base{base}-W{W}.pt", {"arm": name, "base": base, "seed": seed}
+        bases[path] = toy.Settings(seed=base, internal_loss=W, **sizes)
+        jobs.append((key, run, name, seed, path, sizes))
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(make_base, bases, bases.values()))
+    print(report(run_missing(results, jobs)))
 
 
 if __name__ == "__main__":

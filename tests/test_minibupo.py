@@ -651,5 +651,5 @@ def test_pass_at_k_against_enumeration():
     counts = np.array([50, 0, 300])
     assert minibupo.pass_at_k(300, counts, 206).tolist() == pytest.approx([exact, 0, 1], abs=1e-12)
     for n, c, k in ((4, 2, 5), (4, 2, 0), (4, 5, 2), (4, [1, -1], 2)):
-        with pytest.raises(ValueError, match="must be in"):
+        with pytest.raises(ValueError, match="must"):
             minibupo.pass_at_k(n, c, k)

@@ -1,0 +1,259 @@
+"""Phase 1 on real language models: does its gradient agree with GRPO's, and what does it cost?
+
+    python experiments/lm_study.py cosines smollm2      # or qwen: every layer, four batches
+    python experiments/lm_study.py pairs smollm2        # or qwen: training by hf/train.py, in pairs
+
+What has a line of results is not run again. On two cores the cosines take a quarter of an hour for
+SmolLM2 and an hour for Qwen, the pairs two hours each. Needs the extras `hf` and `bench`; the
+models are those that experiments/language_models.py fetches.
+"""
+
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.language_models import fetch  # noqa: E402
+from experiments.seeds import machine, read_lines, run_missing  # noqa: E402
+from experiments.study import interval  # noqa: E402
+from hf.adapter import encode_text, load  # noqa: E402
+from hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
+from minibupo import Rollouts, group_advantages, response_mask  # noqa: E402
+
+RESULTS = ROOT / "experiments" / "results"
+TASKS = {  # digits and operations of hf.train's arithmetic, longest response, questions a batch
+    "smollm2": dict(digits=1, operations="+*", longest=4, questions=16),
+    "qwen": dict(digits=2, operations="+", longest=5, questions=12),
+}
+BATCHES, GROUP, ROWS = 4, 8, 16  # ROWS go through a model at a time
+
+# ---- cosines -----------------------------------------------------------------------------------
+
+
+def sample(model, tokenizer, task: dict, seed: int) -> Rollouts:
+    """One batch of rollouts at temperature 1; a response ends with its line."""
+    problems, _ = arithmetic(task["digits"], task["operations"])
+    problems = problems.shuffle(seed).select(range(task["questions"]))
+    prompts = [encode_text(tokenizer, text) for text in problems["prompt"]]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
+    sampled = model.generate(
+        padded,
+        task["longest"],
+        prompt_len=[len(ids) for ids in prompts],
+        num_samples=GROUP,
+        eos_id=encode_text(tokenizer, "\n")[-1],
+        generator=torch.Generator().manual_seed(seed),
+    )
+    rows = zip(sampled.tokens.tolist(), sampled.prompt_len.tolist(), sampled.end.tolist())
+    texts = [tokenizer.decode(row[start:end]) for row, start, end in rows]
+    rewards = right_answer(texts, [answer for answer in problems["answer"] for _ in range(GROUP)])
+    return Rollouts(*sampled, torch.tensor(rewards).view(-1, GROUP))
+
+
+def gradient(model, rollouts, layer: int | None, of=slice(None)) -> tuple[dict, float]:
+    """The gradient of GRPO's loss at ratio 1, by block {number: vector}, and the mean
+    log-probability of the responses; of pi_theta (layer None) or of pi_Layer^layer."""
+    model.zero_grad(set_to_none=True)
+    advantages = group_advantages(rollouts.rewards).flatten()
+    rows = torch.arange(len(advantages))[of]
+    count = (rollouts.end - rollouts.prompt_len)[rows].sum()
+    total = 0.0
+    for part in rows.split(ROWS):
+        T = int(rollouts.end[part].max())
+        tokens = rollouts.tokens[part, :T]
+        mask = response_mask(rollouts.prompt_len[part], rollouts.end[part], T)
+        at = mask.flatten().nonzero()[:, 0]
+        h = model.residual(tokens[:, :-1], model.n_layer if layer is None else layer)
+        h = h.flatten(0, 1)[at]
+        logits = model.unembed(model.final_norm(h) if layer is None else h)
+        chosen = tokens[:, 1:].flatten()[at]
+        logp = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        weight = advantages[part, None].expand(mask.shape).flatten()[at]
+        (-(weight * logp).sum() / count).backward()
+        total += float(logp.detach().sum())
+    blocks = {}
+    for name, parameter in model.named_parameters():
+        number = re.search(r"\.(\d+)\.", name)
+        if number and parameter.grad is not None:
+            blocks.setdefault(int(number[1]), []).append(parameter.grad.flatten())
+    return {number: torch.cat(parts) for number, parts in blocks.items()}, total / int(count)
+
+
+def cosine(one: dict, other: dict) -> float:
+    """Over the blocks that both have, a block at a time: the vectors are large."""
+    both = one.keys() & other.keys()
+    dot = sum(float(one[b].dot(other[b])) for b in both)
+    sizes = (sum(float(g[b].square().sum()) for b in both) ** 0.5 for g in (one, other))
+    return dot / max(np.prod(list(sizes)), 1e-30)
+
+
+def cosines(name: str, batch: int) -> dict:
+    """One batch: by layer the cosine with GRPO's gradient, of GRPO's own halves, and the mean
+    log-probability of the samples under each internal policy."""
+    torch.set_num_threads(1)
+    started = time.process_time()
+    model, tokenizer = load(fetch(name))
+    rollouts = sample(model, tokenizer, TASKS[name], seed=700 + batch)
+    full, logp = gradient(model, rollouts, None)
+    found = {"reward": float(rollouts.rewards.mean()), "logp_policy": logp}
+    half = len(rollouts.tokens) // 2
+    first, _ = gradient(model, rollouts, None, slice(0, half))
+    second, _ = gradient(model, rollouts, None, slice(half, None))
+    found["halves"] = cosine(first, second)
+    del first, second  # a gigabyte and a half each for Qwen
+    found["raw"], found["logp"] = [], []
+    for layer in range(1, model.n_layer + 1):
+        internal, logp = gradient(model, rollouts, layer)
+        found["raw"].append(cosine(internal, full))
+        found["logp"].append(logp)
+    return found | {"seconds": time.process_time() - started, "machine": machine()}
+
+
+def best_layer(name: str) -> int:
+    """The layer below the top whose gradient agrees most with GRPO's, mean over batches."""
+    lines = [line for line in read_lines(RESULTS / "lm_cosines.jsonl") if line["model"] == name]
+    return 1 + int(np.mean([line["raw"][:-1] for line in lines], 0).argmax())
+
+
+# ---- training in pairs -------------------------------------------------------------------------
+
+# SmolLM2: 16 batches of 16 x 8; Qwen: 9 batches of 12 x 8. Two optimizer steps a batch.
+TRAINING = {
+    "smollm2": dict(seeds=range(800, 808), batches=16, lr=1e-5, phase1=4),
+    "qwen": dict(seeds=range(800, 803), batches=9, lr=1e-6, phase1=4),
+}
+
+
+def arms(name: str) -> dict:
+    """{name of the arm: (layer or None for GRPO, whether it is the frozen control)}."""
+    if name == "qwen":
+        return {"GRPO": (None, False), "BuPO, layer 23": (23, False)}
+    middle, best = 15, best_layer(name)
+    return {
+        "GRPO": (None, False),
+        f"BuPO, layer {middle}": (middle, False),
+        f"BuPO, layer {best}": (best, False),
+        f"GRPO, above {middle} frozen": (middle, True),
+    }
+
+
+def train(name: str, arm: str, seed: int) -> dict:
+    """One run of hf/train.py; its line of results: the reward of each optimizer step, held-out
+    rewards, seconds a step."""
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(2 if name == "qwen" else 1)
+    started, task, how = time.perf_counter(), TASKS[name], TRAINING[name]
+    layer, frozen = arms(name)[arm]
+    out, rows = ROOT / "out" / "lm_study" / f"{name}-{arm}-{seed}", task["questions"] * GROUP
+    phase1 = ["--bupo_layer", layer, "--bupo_steps", how["phase1"]]
+    options = {
+        **{"model_name_or_path": fetch(name), "digits": task["digits"]},
+        **{"operations": task["operations"], "max_completion_length": task["longest"]},
+        **{"num_generations": GROUP, "per_device_train_batch_size": rows // 2},
+        **{"steps_per_generation": 2, "max_steps": 2 * how["batches"]},
+        **{"learning_rate": how["lr"], "lr_scheduler_type": "constant", "loss_type": "bnpo"},
+        **{"logging_steps": 1, "report_to": "none", "save_strategy": "no", "output_dir": out},
+        **{"eval_strategy": "steps", "eval_steps": how["batches"] // 2, "eval_on_start": "true"},
+        **{"num_generations_eval": 4, "per_device_eval_batch_size": 64, "seed": seed},
+    }
+    argv = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    trainer, _ = make_trainer(argv + [str(p) for p in phase1 if layer and not frozen])
+
+    class Freeze(TrainerCallback):
+        """The control: GRPO, but in phase 1 the blocks above the layer and the norm stay."""
+
+        def on_step_begin(self, args, state, control, model, **_):
+            phase1 = state.global_step < 2 * how["phase1"]
+            for key, parameter in model.named_parameters():
+                number = re.search(r"\.(\d+)\.", key)
+                above = int(number[1]) >= layer if number else key.endswith("model.norm.weight")
+                if above:
+                    parameter.requires_grad_(not phase1)
+
+    if frozen:
+        trainer.add_callback(Freeze())
+    trainer.train()
+    log = trainer.state.log_history
+    shutil.rmtree(out, ignore_errors=True)
+    return {
+        "reward": [entry["reward"] for entry in log if "reward" in entry and "loss" in entry],
+        "held_out": [entry["eval_reward"] for entry in log if "eval_reward" in entry],
+        "step_time": [entry["step_time"] for entry in log if "step_time" in entry],
+        "seconds": time.perf_counter() - started,
+        "machine": machine(),
+    }
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def table_of_cosines(lines: list[dict]) -> str:
+    """By layer: mean ± half of the 95 % interval over batches; and the mean log-probability."""
+    rows = ["| layer | cosine with GRPO's gradient | log p of the samples |", "|---|---|---|"]
+    for l, values in enumerate(zip(*(line["raw"] for line in lines)), 1):
+        mean, half = interval(values)
+        logp = np.mean([line["logp"][l - 1] for line in lines])
+        rows.append(f"| {l} | {mean:.2f} ± {half:.2f} | {logp:.1f} |")
+    halves, reward = (np.mean([line[key] for line in lines]) for key in ("halves", "reward"))
+    rows.append(f"\n{len(lines)} batches, reward {reward:.2f}; GRPO's halves {halves:.2f}")
+    return "\n".join(rows)
+
+
+def table_of_pairs(lines: list[dict]) -> str:
+    """Of each arm: reward over the run and held out at the end; and its difference to GRPO, with
+    half of the 95 % interval over seeds, in points."""
+    measures = {
+        "over the run": lambda line: 100 * np.mean(line["reward"]),
+        "held out, at the end": lambda line: 100 * line["held_out"][-1],
+    }
+    of = {(line["arm"], line["seed"]): line for line in lines}
+    rows = [
+        "| arm | runs | "
+        + " | ".join(measures)
+        + " | "
+        + " | ".join(f"{m}, - GRPO" for m in measures)
+        + " |"
+    ]
+    rows.append("|" + "---|" * (2 + 2 * len(measures)))
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        runs = [line for line in lines if line["arm"] == arm]
+        cells = [f"{np.mean([read(line) for line in runs]):.1f}" for read in measures.values()]
+        pairs = [(line, of.get(("GRPO", line["seed"]))) for line in runs if arm != "GRPO"]
+        for read in measures.values():
+            d = [read(line) - read(control) for line, control in pairs if control]
+            cells.append("{:+.1f} ± {:.1f}".format(*interval(d)) if len(d) > 1 else "")
+        rows.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main(what: str, name: str):
+    """Run what is missing, and print the table."""
+    results = RESULTS / f"lm_{what}.jsonl"
+    if what == "cosines":
+        jobs = [({"model": name, "batch": b}, cosines, name, b) for b in range(BATCHES)]
+    else:
+        jobs = [
+            ({"model": name, "arm": arm, "seed": seed}, train, name, arm, seed)
+            for seed in TRAINING[name]["seeds"]
+            for arm in arms(name)
+        ]
+    at_once = 1 if name == "qwen" else 2  # in training Qwen takes 11 GB
+    lines = [line for line in run_missing(results, jobs, at_once) if line["model"] == name]
+    print(table_of_cosines(lines) if what == "cosines" else table_of_pairs(lines))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["cosines"], ["pairs"]) or sys.argv[2:] not in (
+        [["smollm2"], ["qwen"]]
+    ):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
