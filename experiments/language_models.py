@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf.adapter import encode_text, load, load_lm  # noqa: E402
+from hf.adapter import encode_text, load  # noqa: E402
 from minibupo import look_inside, response_mask, target_layer  # noqa: E402
 
 RESULTS, FIGURES = ROOT / "experiments" / "results", ROOT / "experiments" / "figures"
@@ -124,7 +124,7 @@ def look(source, name: str) -> dict:
     tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs()))])
     T = tokens.shape[1]
     measured = look_inside(model, tokens, response_mask(torch.tensor([1]), torch.tensor([T]), T))
-    theirs = load_lm(source)[0]
+    theirs = load(source)[0].lm
     norm = model.final_norm.weight.detach()
     d_mlp = measured["d_mlp"].mean(1).tolist()
     try:
