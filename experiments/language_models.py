@@ -2,6 +2,7 @@
 
     python experiments/language_models.py smollm2            # or qwen; three to ten minutes
     python experiments/language_models.py MODEL [NAME]       # a hub name, a directory, a .gguf file
+    python experiments/language_models.py cost smollm2       # phase 1 against phase 2: time, memory
     python experiments/language_models.py curves RUN ...     # output directories of hf.train
 
 SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct come from packages that others put on the
@@ -13,8 +14,10 @@ import hashlib
 import json
 import math
 import platform
+import statistics
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -28,7 +31,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hf.adapter import encode_text, load  # noqa: E402
-from minibupo import look_inside, response_mask, target_layer  # noqa: E402
+from minibupo import (  # noqa: E402
+    FULL,
+    Policy,
+    entropy,
+    look_inside,
+    response_mask,
+    target_layer,
+    token_logprobs,
+)
 
 RESULTS, FIGURES = ROOT / "experiments" / "results", ROOT / "experiments" / "figures"
 CACHE = Path("~/.cache/minibupo").expanduser()
@@ -98,16 +109,22 @@ def fetch(name: str) -> Path:
 
 
 @torch.no_grad()
-def accuracy(model, tokens) -> dict:
-    """By layer 0..L, raw and normed: the share of positions whose likeliest token is the next one
-    ("right"), and the share that has the most common choice of all ("same")."""
-    found = {view: {"right": [], "same": []} for view in ("raw", "normed")}
+def choices(model, tokens) -> dict:
+    """What the policies of H^0..H^L choose after each position: raw, normed, and "signed", which is
+    raw but for the signs of those dimensions whose weight in the final norm is negative.
+
+    For each, by layer: the share of positions whose likeliest token is the next one ("right"), the
+    share that has the most common choice of all ("same"), and the mean entropy in nats."""
+    sign = getattr(model.final_norm, "weight", torch.ones(())).sign()
+    found = {view: {"right": [], "same": [], "entropy": []} for view in ("raw", "signed", "normed")}
     trace = list(model.trace(tokens[:, :-1]))
-    for h in [trace[0].resid_pre, *(layer.resid_post for layer in trace)]:
-        for view, state in (("raw", h), ("normed", model.final_norm(h))):
-            chosen = torch.cat([model.unembed(part).argmax(-1) for part in state[0].split(64)])
+    for h in [trace[0].resid_pre[0], *(layer.resid_post[0] for layer in trace)]:
+        for view, state in (("raw", h), ("signed", h * sign), ("normed", model.final_norm(h))):
+            logits = [model.unembed(part) for part in state.split(64)]
+            chosen = torch.cat([part.argmax(-1) for part in logits])
             found[view]["right"].append(float((chosen == tokens[0, 1:]).float().mean()))
             found[view]["same"].append(float((chosen == chosen.mode().values).float().mean()))
+            found[view]["entropy"].append(float(torch.cat([entropy(x) for x in logits]).mean()))
     return found
 
 
@@ -121,7 +138,9 @@ def perplexity(lm, tokens) -> float:
 def look(source, name: str) -> dict:
     """Everything measured about one model on TEXT, as results/language_model_NAME.json holds it."""
     model, tokenizer = load(source)
-    tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs()))])
+    paragraphs = [" ".join(part.split()) for part in TEXT.split("\n\n")]
+    english = torch.tensor([encode_text(tokenizer, paragraphs[0])])
+    tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs))])
     T = tokens.shape[1]
     measured = look_inside(model, tokens, response_mask(torch.tensor([1]), torch.tensor([T]), T))
     theirs = load(source)[0].lm
@@ -146,12 +165,61 @@ def look(source, name: str) -> dict:
         **{key: value.mean(1).tolist() for key, value in measured.items()},
         "layer_median": measured["layer"].median(1).values.tolist(),
         "d_mlp_sem": (measured["d_mlp"].std(1) / T**0.5).tolist(),
-        "accuracy": accuracy(model, tokens),
+        "accuracy": choices(model, tokens),
+        "first_paragraph": {
+            "tokens": english.shape[1],
+            "perplexity": perplexity(model, english),
+            **choices(model, english),
+        },
     }
 
 
-def paragraphs():
-    return [" ".join(part.split()) for part in TEXT.split("\n\n")]
+def cost(name: str, layers=(10, 20), rounds=9, rows=8, T=64):
+    """results/language_model_cost.json: forward and backward of phase 1 at some layers, relative to
+    phase 2's.
+
+    Time is the process's own on one thread, the median over rounds of the ratio within a round.
+    Memory is exact: what autograd keeps for the backward pass, and gradients with AdamW's moments.
+    Rows are random tokens, the second half of each is the response."""
+    torch.set_num_threads(1)
+    model = load(fetch(name) if name in FETCHED else name)[0]
+    tokens = torch.randint(
+        0, model.vocab_size, (rows, T), generator=torch.Generator().manual_seed(0)
+    )
+    mask = response_mask(torch.full((rows,), T // 2), torch.full((rows,), T), T)
+    policies = {"phase 2": FULL} | {f"phase 1, layer {l}": Policy(l) for l in layers}
+    seconds, bytes_of = {label: [] for label in policies}, {}
+    weights = {p.data_ptr() for p in model.parameters()}
+    for _ in range(rounds):
+        for label, policy in policies.items():
+            kept = {}
+
+            def keep(x, kept=kept):
+                if x.untyped_storage().data_ptr() not in weights:
+                    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            model.zero_grad(set_to_none=True)
+            start = time.process_time()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                loss = -token_logprobs(model, tokens, mask, policy).sum()
+            loss.backward()
+            seconds[label].append(time.process_time() - start)
+            learns = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            bytes_of[label] = (sum(kept.values()), 3 * learns)
+    found = {"model": name, "layers": model.n_layer, "rows": rows, "tokens": T, "rounds": rounds}
+    for label in policies:
+        ratios = [a / b for a, b in zip(seconds[label], seconds["phase 2"])]
+        found[label] = {
+            "seconds": statistics.median(seconds[label]),
+            "time": statistics.median(ratios),
+            "time_range": [min(ratios), max(ratios)],
+            "kept": bytes_of[label][0] / bytes_of["phase 2"][0],
+            "gradients_and_moments": bytes_of[label][1] / bytes_of["phase 2"][1],
+            "megabytes": [round(b / 1e6) for b in bytes_of[label]],
+        }
+        print(label, {key: found[label][key] for key in list(found[label])})
+    write("language_model_cost.json", found)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -218,6 +286,9 @@ def main(argv) -> int:
     if argv[0] == "curves":
         curves([Path(run) for run in argv[1:]])
         return 0
+    if argv[0] == "cost":
+        cost(*argv[1:])
+        return 0
     try:
         source = fetch(argv[0]) if argv[0] in FETCHED else argv[0]
         name = argv[1] if argv[1:] else Path(argv[0]).name.removesuffix(".gguf").lower()
@@ -232,6 +303,14 @@ def main(argv) -> int:
         f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
         f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
     )
+    english = found["first_paragraph"]
+    print(
+        f"on its first {english['tokens']} tokens, in English: perplexity "
+        f"{english['perplexity']:.4f}; the top layer, by view:"
+    )
+    for view in ("raw", "signed", "normed"):
+        right, nats = english[view]["right"][-1], english[view]["entropy"][-1]
+        print(f"  {view:6} likeliest token right {100 * right:4.1f} %, entropy {nats:.2f} nats")
     return 0
 
 
