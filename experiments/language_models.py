@@ -2,6 +2,7 @@
 
     python experiments/language_models.py smollm2            # or qwen; three to ten minutes
     python experiments/language_models.py MODEL [NAME]       # a hub name, a directory, a .gguf file
+    python experiments/language_models.py signs smollm2      # the main README's numbers; a minute
     python experiments/language_models.py cost smollm2       # phase 1 against phase 2: time, memory
     python experiments/language_models.py curves RUN ...     # output directories of hf.train
 
@@ -30,7 +31,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf.adapter import encode_text, load  # noqa: E402
+from hf.adapter import encode_text, load, load_lm  # noqa: E402
 from minibupo import (  # noqa: E402
     FULL,
     Policy,
@@ -138,12 +139,10 @@ def perplexity(lm, tokens) -> float:
 def look(source, name: str) -> dict:
     """Everything measured about one model on TEXT, as results/language_model_NAME.json holds it."""
     model, tokenizer = load(source)
-    paragraphs = [" ".join(part.split()) for part in TEXT.split("\n\n")]
-    english = torch.tensor([encode_text(tokenizer, paragraphs[0])])
-    tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs))])
+    tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs()))])
     T = tokens.shape[1]
     measured = look_inside(model, tokens, response_mask(torch.tensor([1]), torch.tensor([T]), T))
-    theirs = load(source)[0].lm
+    theirs = load_lm(source)[0]
     norm = model.final_norm.weight.detach()
     d_mlp = measured["d_mlp"].mean(1).tolist()
     try:
@@ -166,60 +165,77 @@ def look(source, name: str) -> dict:
         "layer_median": measured["layer"].median(1).values.tolist(),
         "d_mlp_sem": (measured["d_mlp"].std(1) / T**0.5).tolist(),
         "accuracy": choices(model, tokens),
-        "first_paragraph": {
-            "tokens": english.shape[1],
-            "perplexity": perplexity(model, english),
-            **choices(model, english),
-        },
     }
 
 
-def cost(name: str, layers=(10, 20), rounds=9, rows=8, T=64):
-    """results/language_model_cost.json: forward and backward of phase 1 at some layers, relative to
-    phase 2's.
+def paragraphs():
+    return [" ".join(part.split()) for part in TEXT.split("\n\n")]
 
-    Time is the process's own on one thread, the median over rounds of the ratio within a round.
-    Memory is exact: what autograd keeps for the backward pass, and gradients with AdamW's moments.
-    Rows are random tokens, the second half of each is the response."""
-    torch.set_num_threads(1)
-    model = load(fetch(name) if name in FETCHED else name)[0]
-    tokens = torch.randint(
-        0, model.vocab_size, (rows, T), generator=torch.Generator().manual_seed(0)
+
+def signs(source, name: str):
+    """results/language_model_NAME_signs.json: what the signs of the final norm do, on the English
+    paragraph alone. Prints what the main README's section on real models says."""
+    model, tokenizer = load(source)
+    tokens = torch.tensor([encode_text(tokenizer, paragraphs()[0])])
+    found = {"model": name, "tokens": tokens.shape[1], "perplexity": perplexity(model, tokens)}
+    found["negative_dimensions"] = (model.final_norm.weight < 0).nonzero()[:, 0].tolist()
+    found |= choices(model, tokens)
+    write(f"language_model_{name}_signs.json", found)
+    print(
+        f"{found['tokens']} tokens of English: perplexity {found['perplexity']:.4f}; the final "
+        f"norm is negative in dimensions {found['negative_dimensions']}; the top layer, by view:"
     )
+    for view in ("raw", "signed", "normed"):
+        right, nats = found[view]["right"][-1], found[view]["entropy"][-1]
+        print(f"  {view:6} likeliest token right {100 * right:4.1f} %, entropy {nats:.2f} nats")
+
+
+def cost(source, name: str, layers=(10, 20), rounds=5, rows=8, T=32):
+    """results/language_model_NAME_cost.json: what phase 1 at some layers costs, beside phase 2.
+
+    Forward and backward of random tokens, whose second half is the response. "time" is the median
+    over rounds of the ratio within a round, on one thread."""
+    torch.set_num_threads(1)
+    model = load(source)[0]
+    shape, generator = (rows, T), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, shape, generator=generator)
     mask = response_mask(torch.full((rows,), T // 2), torch.full((rows,), T), T)
     policies = {"phase 2": FULL} | {f"phase 1, layer {l}": Policy(l) for l in layers}
-    seconds, bytes_of = {label: [] for label in policies}, {}
-    weights = {p.data_ptr() for p in model.parameters()}
+    measured = {label: [] for label in policies}
     for _ in range(rounds):
         for label, policy in policies.items():
-            kept = {}
-
-            def keep(x, kept=kept):
-                if x.untyped_storage().data_ptr() not in weights:
-                    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-                return x
-
-            model.zero_grad(set_to_none=True)
-            start = time.process_time()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                loss = -token_logprobs(model, tokens, mask, policy).sum()
-            loss.backward()
-            seconds[label].append(time.process_time() - start)
-            learns = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-            bytes_of[label] = (sum(kept.values()), 3 * learns)
+            measured[label].append(forward_and_backward(model, tokens, mask, policy))
     found = {"model": name, "layers": model.n_layer, "rows": rows, "tokens": T, "rounds": rounds}
-    for label in policies:
-        ratios = [a / b for a, b in zip(seconds[label], seconds["phase 2"])]
+    for label, runs in measured.items():
+        ratios = [run[0] / whole[0] for run, whole in zip(runs, measured["phase 2"])]
         found[label] = {
-            "seconds": statistics.median(seconds[label]),
             "time": statistics.median(ratios),
             "time_range": [min(ratios), max(ratios)],
-            "kept": bytes_of[label][0] / bytes_of["phase 2"][0],
-            "gradients_and_moments": bytes_of[label][1] / bytes_of["phase 2"][1],
-            "megabytes": [round(b / 1e6) for b in bytes_of[label]],
+            "seconds": statistics.median(run[0] for run in runs),
+            "megabytes_kept": runs[0][1],
+            "megabytes_of_gradients": runs[0][2],
         }
-        print(label, {key: found[label][key] for key in list(found[label])})
-    write("language_model_cost.json", found)
+        print(label, found[label])
+    write(f"language_model_{name}_cost.json", found)
+
+
+def forward_and_backward(model, tokens, mask, policy):
+    """Seconds of the process's own time; megabytes that autograd keeps for the backward pass,
+    without weights; megabytes of gradients (AdamW's moments take twice as much)."""
+    kept = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+
+    def keep(x):
+        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x.detach()
+
+    model.zero_grad(set_to_none=True)
+    start = time.process_time()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = -token_logprobs(model, tokens, mask, policy).sum()
+    loss.backward()
+    seconds = time.process_time() - start
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return seconds, sum(kept.values()) / 1e6, gradients / 1e6
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -286,16 +302,20 @@ def main(argv) -> int:
     if argv[0] == "curves":
         curves([Path(run) for run in argv[1:]])
         return 0
-    if argv[0] == "cost":
-        cost(*argv[1:])
-        return 0
+    command = {"signs": signs, "cost": cost}.get(argv[0], report)
+    argv = argv[command is not report :]
     try:
         source = fetch(argv[0]) if argv[0] in FETCHED else argv[0]
-        name = argv[1] if argv[1:] else Path(argv[0]).name.removesuffix(".gguf").lower()
-        found = look(source, name)
+        command(source, (argv[1:] or [Path(argv[0]).name.removesuffix(".gguf").lower()])[0])
+        return 0
     except (ValueError, ImportError) as error:
         print(f"language_models: {error}", file=sys.stderr)
         return 2
+
+
+def report(source, name: str):
+    """Look at a model; write and draw what was found."""
+    found = look(source, name)
     write(f"language_model_{name}.json", found)
     draw(found, name)
     print(
@@ -303,15 +323,6 @@ def main(argv) -> int:
         f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
         f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
     )
-    english = found["first_paragraph"]
-    print(
-        f"on its first {english['tokens']} tokens, in English: perplexity "
-        f"{english['perplexity']:.4f}; the top layer, by view:"
-    )
-    for view in ("raw", "signed", "normed"):
-        right, nats = english[view]["right"][-1], english[view]["entropy"][-1]
-        print(f"  {view:6} likeliest token right {100 * right:4.1f} %, entropy {nats:.2f} nats")
-    return 0
 
 
 if __name__ == "__main__":

@@ -224,8 +224,13 @@ class KVCache(dict):
 def load(source, dtype: str = "float32", device="cpu"):
     """(HFModel, tokenizer) of a hub name, a directory, or a .gguf file, read by transformers.
 
-    The model's `lm` can be trained and saved. Raises ImportError without the extra `hf`, and
-    ValueError for what cannot be read."""
+    Raises ImportError without the extra `hf`, and ValueError for what cannot be read."""
+    lm, tokenizer = load_lm(source, dtype)
+    return HFModel(lm.to(device)), tokenizer
+
+
+def load_lm(source, dtype: str = "float32"):
+    """(transformers' model, tokenizer), unchecked. What comes from a GGUF file can be trained."""
     try:
         import gguf
         import transformers
@@ -253,7 +258,7 @@ def load(source, dtype: str = "float32", device="cpu"):
         lm.is_quantized, lm.hf_quantizer = False, None
         for config in (lm.config, lm.generation_config):
             vars(config).pop("quantization_config", None)
-    return HFModel(lm.to(device)), tokenizer
+    return lm, tokenizer
 
 
 def encode_text(tokenizer, text: str) -> list[int]:

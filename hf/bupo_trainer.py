@@ -70,7 +70,8 @@ class BuPOTrainer(GRPOTrainer):
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
-        if not self.is_deepspeed_enabled:  # which may have taken the weights apart already
+        # FSDP may load weights in one process alone; DeepSpeed may have them in pieces already
+        if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
             training = lm.training
             HFModel(lm)
             lm.train(training)

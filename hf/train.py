@@ -19,7 +19,7 @@ try:
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
     from trl.rewards import accuracy_reward
 
-    from hf.adapter import load
+    from hf.adapter import load_lm
     from hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
 except ImportError as error:
     sys.exit(f'hf.train needs pip install -e ".[hf]": {error}')
@@ -106,12 +106,12 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
-    lm, tokenizer = load(model.model_name_or_path, model.dtype or "float32")
+    lm, tokenizer = load_lm(model.model_name_or_path, model.dtype or "float32")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     trainer = BuPOTrainer(
-        model=lm.lm,
+        model=lm,
         args=config,
         processing_class=tokenizer,
         reward_funcs=reward,
