@@ -2,6 +2,8 @@
 
     python experiments/language_models.py smollm2            # or qwen; three to ten minutes
     python experiments/language_models.py MODEL [NAME]       # a hub name, a directory, a .gguf file
+    python experiments/language_models.py signs smollm2      # the main README's numbers; a minute
+    python experiments/language_models.py cost smollm2       # phase 1 against phase 2: time, memory
     python experiments/language_models.py curves RUN ...     # output directories of hf.train
 
 SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct come from packages that others put on the
@@ -13,8 +15,10 @@ import hashlib
 import json
 import math
 import platform
+import statistics
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -28,7 +32,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hf.adapter import encode_text, load, load_lm  # noqa: E402
-from minibupo import look_inside, response_mask, target_layer  # noqa: E402
+from minibupo import (  # noqa: E402
+    FULL,
+    Policy,
+    entropy,
+    look_inside,
+    response_mask,
+    target_layer,
+    token_logprobs,
+)
 
 RESULTS, FIGURES = ROOT / "experiments" / "results", ROOT / "experiments" / "figures"
 CACHE = Path("~/.cache/minibupo").expanduser()
@@ -98,16 +110,22 @@ def fetch(name: str) -> Path:
 
 
 @torch.no_grad()
-def accuracy(model, tokens) -> dict:
-    """By layer 0..L, raw and normed: the share of positions whose likeliest token is the next one
-    ("right"), and the share that has the most common choice of all ("same")."""
-    found = {view: {"right": [], "same": []} for view in ("raw", "normed")}
+def choices(model, tokens) -> dict:
+    """What the policies of H^0..H^L choose after each position: raw, normed, and "signed", which is
+    raw but for the signs of those dimensions whose weight in the final norm is negative.
+
+    For each, by layer: the share of positions whose likeliest token is the next one ("right"), the
+    share that has the most common choice of all ("same"), and the mean entropy in nats."""
+    sign = getattr(model.final_norm, "weight", torch.ones(())).sign()
+    found = {view: {"right": [], "same": [], "entropy": []} for view in ("raw", "signed", "normed")}
     trace = list(model.trace(tokens[:, :-1]))
-    for h in [trace[0].resid_pre, *(layer.resid_post for layer in trace)]:
-        for view, state in (("raw", h), ("normed", model.final_norm(h))):
-            chosen = torch.cat([model.unembed(part).argmax(-1) for part in state[0].split(64)])
+    for h in [trace[0].resid_pre[0], *(layer.resid_post[0] for layer in trace)]:
+        for view, state in (("raw", h), ("signed", h * sign), ("normed", model.final_norm(h))):
+            logits = [model.unembed(part) for part in state.split(64)]
+            chosen = torch.cat([part.argmax(-1) for part in logits])
             found[view]["right"].append(float((chosen == tokens[0, 1:]).float().mean()))
             found[view]["same"].append(float((chosen == chosen.mode().values).float().mean()))
+            found[view]["entropy"].append(float(torch.cat([entropy(x) for x in logits]).mean()))
     return found
 
 
@@ -146,12 +164,78 @@ def look(source, name: str) -> dict:
         **{key: value.mean(1).tolist() for key, value in measured.items()},
         "layer_median": measured["layer"].median(1).values.tolist(),
         "d_mlp_sem": (measured["d_mlp"].std(1) / T**0.5).tolist(),
-        "accuracy": accuracy(model, tokens),
+        "accuracy": choices(model, tokens),
     }
 
 
 def paragraphs():
     return [" ".join(part.split()) for part in TEXT.split("\n\n")]
+
+
+def signs(source, name: str):
+    """results/language_model_NAME_signs.json: what the signs of the final norm do, on the English
+    paragraph alone. Prints what the main README's section on real models says."""
+    model, tokenizer = load(source)
+    tokens = torch.tensor([encode_text(tokenizer, paragraphs()[0])])
+    found = {"model": name, "tokens": tokens.shape[1], "perplexity": perplexity(model, tokens)}
+    found["negative_dimensions"] = (model.final_norm.weight < 0).nonzero()[:, 0].tolist()
+    found |= choices(model, tokens)
+    write(f"language_model_{name}_signs.json", found)
+    print(
+        f"{found['tokens']} tokens of English: perplexity {found['perplexity']:.4f}; the final "
+        f"norm is negative in dimensions {found['negative_dimensions']}; the top layer, by view:"
+    )
+    for view in ("raw", "signed", "normed"):
+        right, nats = found[view]["right"][-1], found[view]["entropy"][-1]
+        print(f"  {view:6} likeliest token right {100 * right:4.1f} %, entropy {nats:.2f} nats")
+
+
+def cost(source, name: str, layers=(10, 20), rounds=5, rows=8, T=32):
+    """results/language_model_NAME_cost.json: what phase 1 at some layers costs, beside phase 2.
+
+    Forward and backward of random tokens, whose second half is the response. "time" is the median
+    over rounds of the ratio within a round, on one thread."""
+    torch.set_num_threads(1)
+    model = load(source)[0]
+    shape, generator = (rows, T), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, shape, generator=generator)
+    mask = response_mask(torch.full((rows,), T // 2), torch.full((rows,), T), T)
+    policies = {"phase 2": FULL} | {f"phase 1, layer {l}": Policy(l) for l in layers}
+    measured = {label: [] for label in policies}
+    for _ in range(rounds):
+        for label, policy in policies.items():
+            measured[label].append(forward_and_backward(model, tokens, mask, policy))
+    found = {"model": name, "layers": model.n_layer, "rows": rows, "tokens": T, "rounds": rounds}
+    for label, runs in measured.items():
+        ratios = [run[0] / whole[0] for run, whole in zip(runs, measured["phase 2"])]
+        found[label] = {
+            "time": statistics.median(ratios),
+            "time_range": [min(ratios), max(ratios)],
+            "seconds": statistics.median(run[0] for run in runs),
+            "megabytes_kept": runs[0][1],
+            "megabytes_of_gradients": runs[0][2],
+        }
+        print(label, found[label])
+    write(f"language_model_{name}_cost.json", found)
+
+
+def forward_and_backward(model, tokens, mask, policy):
+    """Seconds of the process's own time; megabytes that autograd keeps for the backward pass,
+    without weights; megabytes of gradients (AdamW's moments take twice as much)."""
+    kept = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+
+    def keep(x):
+        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x.detach()
+
+    model.zero_grad(set_to_none=True)
+    start = time.process_time()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = -token_logprobs(model, tokens, mask, policy).sum()
+    loss.backward()
+    seconds = time.process_time() - start
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return seconds, sum(kept.values()) / 1e6, gradients / 1e6
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -218,13 +302,20 @@ def main(argv) -> int:
     if argv[0] == "curves":
         curves([Path(run) for run in argv[1:]])
         return 0
+    command = {"signs": signs, "cost": cost}.get(argv[0], report)
+    argv = argv[command is not report :]
     try:
         source = fetch(argv[0]) if argv[0] in FETCHED else argv[0]
-        name = argv[1] if argv[1:] else Path(argv[0]).name.removesuffix(".gguf").lower()
-        found = look(source, name)
+        command(source, (argv[1:] or [Path(argv[0]).name.removesuffix(".gguf").lower()])[0])
+        return 0
     except (ValueError, ImportError) as error:
         print(f"language_models: {error}", file=sys.stderr)
         return 2
+
+
+def report(source, name: str):
+    """Look at a model; write and draw what was found."""
+    found = look(source, name)
     write(f"language_model_{name}.json", found)
     draw(found, name)
     print(
@@ -232,7 +323,6 @@ def main(argv) -> int:
         f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
         f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
     )
-    return 0
 
 
 if __name__ == "__main__":

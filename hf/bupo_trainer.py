@@ -67,10 +67,11 @@ class BuPOTrainer(GRPOTrainer):
         if self.args.bupo_steps == 0:
             return
         lm = self.accelerator.unwrap_model(self.model)
-        L = find_parts(lm).decoder.config.num_hidden_layers
+        L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
-        if not self.is_deepspeed_enabled:  # which may have taken the weights apart already
+        # FSDP may load weights in one process alone; DeepSpeed may have them in pieces already
+        if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
             training = lm.training
             HFModel(lm)
             lm.train(training)
@@ -99,43 +100,36 @@ class BuPOTrainer(GRPOTrainer):
         if self.phase == 2 or not self.model.training:
             return score(model, *args, **kwargs)
         if self.layer is None:
-            self.layer = self._logged_layer() or self._layer_by_rule(model, *args, **kwargs)
+            logged = [log["bupo/layer"] for log in self.state.log_history if "bupo/layer" in log]
+            self.layer = logged[0] if logged else self._layer_by_rule(model, *args, **kwargs)
         with truncated(self.accelerator.unwrap_model(model), self.layer):
             return score(model, *args, **kwargs)
-
-    def _logged_layer(self):
-        """The layer that the rule picked before a resume, or None."""
-        return next((log["bupo/layer"] for log in self.state.log_history if "bupo/layer" in log), 0)
 
     @torch.no_grad()
     def _layer_by_rule(self, model, input_ids, attention_mask, keep, batch_size=None, **_) -> int:
         """minibupo.target_layer on these responses, of all ranks; noted in the log."""
         lm = self.accelerator.unwrap_model(model)
         decoder, blocks, _ = find_parts(lm)
-        unembed = lm.get_output_embeddings()
-        chunk = max(1, 2**24 // unembed.weight.shape[0])  # positions that are unembedded at a time
-        changes, count = 0, 0
-        for rows, seen in zip(
-            *(x.split(batch_size or len(x)) for x in (input_ids, attention_mask))
-        ):
-            mask, found = seen[:, -keep:].bool(), []
+        unembed, batch, changes = lm.get_output_embeddings(), batch_size or len(input_ids), []
 
-            def add(trace, mask=mask, found=found):
-                read, wrote = (h[:, -keep - 1 : -1][mask] for h in (trace.mlp_in, trace.mlp_out))
-                parts = zip(wrote.split(chunk), read.split(chunk))
-                found.append(
-                    sum((entropy(unembed(w)) - entropy(unembed(r))).sum() for w, r in parts)
-                )
+        def add(trace):  # of one layer and batch
+            read, wrote = (h[:, -keep - 1 : -1][mask] for h in (trace.mlp_in, trace.mlp_out))
+            parts = zip(wrote.split(64), read.split(64))  # positions that are unembedded at a time
+            d_mlp = [(entropy(unembed(w)) - entropy(unembed(r))).sum() for w, r in parts]
+            changes.append(sum(d_mlp))
 
-            # the wrapped model is called, so that sharded weights are gathered
-            with watching(decoder._modules[blocks], add), self.accelerator.autocast():
+        with watching(decoder._modules[blocks], add), self.accelerator.autocast():
+            for rows, seen in zip(input_ids.split(batch), attention_mask.split(batch)):
+                mask = seen[:, -keep:].bool()
+                # the wrapped model is called, so that sharded weights are gathered
                 model(input_ids=rows, attention_mask=seen, use_cache=False, logits_to_keep=1)
-            changes, count = changes + torch.stack(found), count + mask.sum()
-        changes = self.accelerator.reduce(changes) / self.accelerator.reduce(count)
+        changes = torch.stack(changes).view(-1, len(decoder._modules[blocks])).sum(0)
+        count = attention_mask[:, -keep:].sum()
+        d_mlp = self.accelerator.reduce(changes) / self.accelerator.reduce(count)
         try:
-            layer = target_layer(changes)
+            layer = target_layer(d_mlp)
         except ValueError as error:
             raise NoLayerError(f"{error}; choose one with bupo_layer") from None
-        log = {"bupo/layer": layer, "bupo/d_mlp": changes.tolist(), "step": self.state.global_step}
+        log = {"bupo/layer": layer, "bupo/d_mlp": d_mlp.tolist(), "step": self.state.global_step}
         self.state.log_history.append(log)
         return layer

@@ -5,6 +5,7 @@ All models are tiny and random. Nothing is downloaded.
 
 # ruff: noqa: E402 - imports come after the check that the extra is there
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,64 +21,45 @@ for package in ("transformers", "trl", "datasets", "peft", "gguf"):
 
 import gguf
 import transformers
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig, GRPOTrainer
 
+import analyze
+import hf.bupo_trainer
 import hf.train
-from hf.adapter import HFModel, encode_chat, encode_text, load, load_lm, truncated
+import minibupo as m
+from experiments import language_models
+from hf.adapter import HFModel, encode_chat, encode_text, load, truncated
 from hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
-from minibupo import (
-    FULL,
-    Policy,
-    look_inside,
-    policy_loss,
-    response_mask,
-    target_layer,
-    token_logprobs,
-)
 from model import GPT, GPTConfig
 
-SIZES = dict(
-    vocab_size=37,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=500.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
-OPEN = {
-    "Qwen3": dict(head_dim=8, tie_word_embeddings=True),
-    "Qwen2": dict(tie_word_embeddings=True),
-    "Llama": dict(),
+ROOT = Path(__file__).parent.parent
+SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=3)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+SIZES |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0)
+LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=16)
+TIED = dict(head_dim=8, tie_word_embeddings=True)
+OPEN = dict.fromkeys(("Llama", "SmolLM3", "Phi3", "Olmo2"), {}) | {
+    "Qwen3": TIED,
+    "Qwen2": dict(tie_word_embeddings=True, attention_dropout=0.5),
     "Llama 3": dict(rope_parameters=LLAMA3),
     "Mistral": dict(sliding_window=4),
-    "SmolLM3": dict(),
-    "Phi3": dict(),
     "Gemma": dict(head_dim=8),
     "Qwen3Moe": dict(head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
-    "Olmo2": dict(),
     "GPT2": dict(n_layer=3, n_head=4, n_embd=32),
 }
 REFUSED = {  # model, changes, what is said
-    "softcap": ("Gemma2", dict(head_dim=8), "H\\^L gives others|scaled or capped"),
-    "logit scale": ("Granite", dict(logits_scaling=3.0), "H\\^L gives others"),
+    "softcap": ("Gemma2", dict(head_dim=8), "H\\^L gives other logits"),
+    "mild softcap": ("Gemma2", dict(head_dim=8, final_logit_softcapping=3e2), "scaled or capped"),
+    "logit scale": ("Granite", dict(logits_scaling=3.0), "H\\^L gives other logits"),
     "scaled writes": ("Granite", dict(residual_multiplier=0.3), "writes of layer 1 do not add up"),
     "parallel blocks": ("GPTNeoX", dict(), "writes of layer 1 do not add up"),
-    "FFN without a module": ("OPT", dict(ffn_dim=40, word_embed_proj_dim=32), "has no mlp"),
+    "no FFN": ("OPT", dict(ffn_dim=40, word_embed_proj_dim=32), "no attention and FFN by name"),
     "encoder": ("T5", dict(), "no decoder-only language model"),
 }
 
@@ -91,7 +73,7 @@ def build(family="Qwen3", seed=0, **changes):
     lm = next(getattr(transformers, name) for name in heads if hasattr(transformers, name))(config)
     for p in lm.parameters():
         torch.nn.init.normal_(p, *((1.0, 0.3) if p.dim() == 1 else (0.0, 32**-0.5)))
-    return lm.eval()
+    return lm
 
 
 def random_tokens(B=3, T=12, V=37):
@@ -105,8 +87,8 @@ def random_tokens(B=3, T=12, V=37):
 @pytest.mark.parametrize("family", OPEN)
 def test_contract(family):
     lm, tokens = build(family, **OPEN[family]), random_tokens()
-    theirs = lm(tokens, output_hidden_states=True)
-    model = HFModel(lm)
+    theirs = lm.eval()(tokens, output_hidden_states=True)
+    model = HFModel(lm.train())  # has no dropout all the same
     assert torch.equal(model(tokens), theirs.logits)
     assert (model.n_layer, model.vocab_size) == (3, 37)
     trace = list(model.trace(tokens))
@@ -121,19 +103,16 @@ def test_contract(family):
     # sampling: ragged prompts are what each prompt gives alone, and transformers' own greedy tokens
     many = model.generate(tokens[:, :5], 6, temperature=0, prompt_len=[5, 3, 4], num_samples=2)
     for i, n in enumerate([5, 3, 4]):
+        options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
         prompt = tokens[i : i + 1, :n]
-        ones = torch.ones_like(prompt)
-        own = lm.generate(
-            prompt, attention_mask=ones, max_new_tokens=6, do_sample=False, pad_token_id=0
-        )
+        own = lm.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         assert torch.equal(many.tokens[2 * i + 1, : n + 6], own[0])
-    short = model.truncated(2)
+    short, h = model.truncated(2), trace[1].resid_post
+    assert {id(p) for p in short.parameters()} <= {id(p) for p in model.parameters()}
+    assert torch.equal(short(tokens), model.unembed(h)) and torch.equal(short.final_norm(h), h)
+    assert len(list(short.trace(tokens))) == short.n_layer == 2
     said = short.generate(tokens[:, :5], 6, temperature=0).tokens
-    assert torch.equal(said[:, 5:], model.unembed(trace_of(model, said, 2))[:, 4:-1].argmax(-1))
-
-
-def trace_of(model, tokens, layer):
-    return list(model.trace(tokens))[layer - 1].resid_post
+    assert torch.equal(said[:, 5:], m.policy_logits(model, said, m.Policy(2))[:, 4:-1].argmax(-1))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -144,98 +123,50 @@ def test_models_that_would_come_out_wrong_are_refused(case):
 
 
 def test_truncated_restores_after_an_error_and_checks_its_layer():
-    lm, tokens = build(head_dim=8), random_tokens()
+    lm, tokens = build(head_dim=8).eval(), random_tokens()
     whole = lm(tokens).logits
     with pytest.raises(ZeroDivisionError), truncated(lm, 1):
-        assert len(lm.model.layers) == 1
+        with pytest.raises(ValueError, match="no list of 3 blocks"):
+            HFModel(lm)
         raise ZeroDivisionError
     assert torch.equal(lm(tokens).logits, whole)
     for layer in (-1, 4):
-        with (
-            pytest.raises(ValueError, match=rf"layer must be in 0\.\.3, not {layer}"),
-            truncated(lm, layer),
-        ):
-            pass
-    model = HFModel(lm)
+        with pytest.raises(ValueError, match=rf"layer must be in 0\.\.3, not {layer}"):
+            truncated(lm, layer).__enter__()
     with pytest.raises(ValueError, match=r"layer must be in 1\.\.3, not 0"):
-        model.truncated(0)
-    with pytest.raises(ValueError, match="token id 37 is outside"):
-        model(torch.tensor([[3, 37]]))
-
-
-def into_gpt(lm, **switches):
-    """The weights of a Qwen3, Qwen2 or Llama in our GPT."""
-    c = lm.config
-    sizes = dict(
-        vocab_size=37,
-        context_length=64,
-        n_layer=3,
-        d_model=32,
-        n_head=4,
-        n_kv_head=2,
-        d_mlp=40,
-        norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_parameters["rope_theta"],
-        tied=c.tie_word_embeddings,
-        head_dim=lm.model.layers[0].self_attn.head_dim,
-    )
-    gpt = GPT(GPTConfig(**sizes, **switches))
-    state = {
-        "embed.weight": lm.model.embed_tokens.weight,
-        "final_norm.weight": lm.model.norm.weight,
-        "lm_head.weight": lm.lm_head.weight,
-    }
-    for i, layer in enumerate(lm.model.layers):
-        a, m = layer.self_attn, layer.mlp
-        qkv = (a.q_proj, a.k_proj, a.v_proj)
-        block = {
-            "attn_norm.weight": layer.input_layernorm.weight,
-            "mlp_norm.weight": layer.post_attention_layernorm.weight,
-            "attn.qkv.weight": torch.cat([p.weight for p in qkv]),
-            "attn.out.weight": a.o_proj.weight,
-            "mlp.gate_up.weight": torch.cat([m.gate_proj.weight, m.up_proj.weight]),
-            "mlp.down.weight": m.down_proj.weight,
-        }
-        if switches["qkv_bias"]:
-            block["attn.qkv.bias"] = torch.cat([p.bias for p in qkv])
-        if switches["qk_norm"]:
-            block |= {"attn.q_norm.weight": a.q_norm.weight, "attn.k_norm.weight": a.k_norm.weight}
-        state |= {f"blocks.{i}.{name}": weight for name, weight in block.items()}
-    gpt.load_state_dict(state)
-    return gpt
+        HFModel(lm).truncated(0)
+    for tokens, says in ([[3, 37]], "token id 37 is outside"), ([[0] * 65], "= 64"):
+        with pytest.raises(ValueError, match=says):
+            HFModel(lm)(torch.tensor(tokens))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "family,changes,switches",
-    [
-        ("Qwen3", dict(head_dim=8, tie_word_embeddings=True), dict(qk_norm=True, qkv_bias=False)),
-        ("Qwen3", dict(head_dim=12, rms_norm_eps=1e-3), dict(qk_norm=True, qkv_bias=False)),
-        (
-            "Qwen2",
-            dict(
-                tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)
-            ),
-            dict(qk_norm=False, qkv_bias=True),
-        ),
-        ("Llama", dict(rms_norm_eps=1e-5), dict(qk_norm=False, qkv_bias=False)),
-    ],
-)
-def test_our_block_is_qwen3(family, changes, switches):
+@pytest.mark.parametrize("changes", [TIED, dict(head_dim=12, rms_norm_eps=1e-3)])
+def test_our_block_is_qwen3(changes):
     """GPT, HFModel on the same weights: stream, writes, logits to 1e-5, samples of one generator."""
-    lm, tokens = build(family, **changes), random_tokens()
-    gpt, model = into_gpt(lm, **switches), HFModel(lm)
+    lm, tokens = build(**changes).eval(), random_tokens()
+    sizes = dict(n_layer=3, d_model=32, n_head=4, n_kv_head=2, d_mlp=40, tied=False)
+    sizes |= dict(head_dim=changes["head_dim"], norm_eps=lm.config.rms_norm_eps)
+    gpt = GPT(GPTConfig(37, 64, rope_theta=lm.config.rope_parameters["rope_theta"], **sizes))
+    names = """embed=embed_tokens final_norm=norm qkv=q_proj+k_proj+v_proj out=o_proj down=down_proj
+    gate_up=gate_proj+up_proj attn_norm=input_layernorm mlp_norm=post_attention_layernorm"""
+    names = dict(name.split("=") for name in names.split())  # ours = theirs
+    state, theirs = {}, lm.state_dict()
+    for ours in gpt.state_dict():
+        *path, part, _ = ours.replace("blocks", "layers").replace("attn.", "self_attn.").split(".")
+        path = ".".join([*["model"] * (part != "lm_head"), *path, ""])
+        parts = [f"{path}{name}.weight" for name in names.get(part, part).split("+")]
+        state[ours] = torch.cat([theirs[name] for name in parts])
+    gpt.load_state_dict(state)
+    model = HFModel(lm)
     torch.testing.assert_close(gpt(tokens), lm(tokens).logits, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gpt.trace(tokens), model.trace(tokens)):
         torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
-    exact = gpt.double()(tokens)
-    assert (lm.double()(tokens).logits - exact).abs().max() < 1e-5
-    g = [torch.Generator().manual_seed(0) for _ in range(2)]
-    ours, theirs = (
-        m.generate(tokens[:, :4], 8, num_samples=3, eos_id=5, generator=g)
-        for m, g in zip((gpt, model), g)
-    )
-    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.end, theirs.end)
+    said = []
+    for each in (gpt, model):
+        options = dict(num_samples=3, eos_id=5, generator=torch.Generator().manual_seed(0))
+        said.append(each.double().generate(tokens[:, :4], 8, **options))
+    assert torch.equal(said[0].tokens, said[1].tokens) and torch.equal(said[0].end, said[1].end)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -247,159 +178,139 @@ def tokenizer():
     ids = {c: i for i, c in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n"])}
     characters = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
+    options = dict(eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **options)
 
 
 @pytest.fixture(scope="module")
 def directory(tokenizer, tmp_path_factory):
     """A tiny Qwen3 with that tokenizer, as transformers saves one."""
     path = tmp_path_factory.mktemp("model")
-    build(head_dim=8, tie_word_embeddings=True).save_pretrained(path)
+    build(**TIED).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
 def test_load_a_directory_and_encode(directory):
     model, tokenizer = load(directory)
-    assert torch.equal(
-        model(random_tokens()), build(head_dim=8, tie_word_embeddings=True)(random_tokens()).logits
-    )
+    assert torch.equal(model(random_tokens()), build(**TIED).eval()(random_tokens()).logits)
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
     assert encode_chat(tokenizer, "1+1=", "2") == ([3, 12, 3, 15, 4], 4)
-    assert encode_text(tokenizer, "12") == [3, 4]
-    tokenizer.chat_template = "{% for m in messages %}={{ m.content }}{% endfor %}{% if add_generation_prompt %}-{% endif %}"
+    assert encode_text(tokenizer, "12<eos>") == [3, 4]
+    turns = "{% for m in messages %}={{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}-{% endif %}"
     assert encode_chat(tokenizer, "1", "-2") == ([15, 3, 13, 13, 4], 3)  # the border stays
 
 
 def write_gguf(path, lm, *extra):
-    """A Llama as llama.cpp's converter writes it, with permuted rows of q and k."""
-    c, w = lm.config, gguf.GGUFWriter(path, "llama")
-    (
-        w.add_block_count(3),
-        w.add_context_length(64),
-        w.add_embedding_length(32),
-        w.add_feed_forward_length(40),
-    )
-    (
-        w.add_head_count(4),
-        w.add_head_count_kv(2),
-        w.add_layer_norm_rms_eps(c.rms_norm_eps),
-        w.add_vocab_size(37),
-    )
-    (
-        w.add_rope_freq_base(c.rope_parameters["rope_theta"]),
-        w.add_tokenizer_model("gpt2"),
-        w.add_tokenizer_pre("smollm"),
-    )
-    (
-        w.add_token_list([*(chr(97 + i) for i in range(36)), "ab"]),
-        w.add_token_merges(["a b"]),
-        w.add_eos_token_id(1),
-    )
-    parts = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
+    """A Llama with the names that llama.cpp's converter gives, but not its order of rows."""
+    w = gguf.GGUFWriter(path, "llama")
+    values = dict(block_count=3, context_length=64, embedding_length=32, feed_forward_length=40)
+    values |= dict(head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, vocab_size=37)
+    values |= dict(tokenizer_model="gpt2", tokenizer_pre="smollm", token_merges=["a b"])
+    values |= dict(token_list=[*(chr(97 + i) for i in range(36)), "ab"], eos_token_id=1)
+    for name, value in values.items():
+        getattr(w, f"add_{name}")(value)
+    names = "self_attn.o_proj attn_output self_attn. attn_ mlp. ffn_ input_layernorm attn_norm "
+    names += "post_attention_layernorm ffn_norm model.layers blk model.norm output_norm _proj . "
+    names = (names + "model.embed_tokens token_embd lm_head output").split()
     for name, p in lm.named_parameters():
-        x, (*_, kind, _) = p.detach().numpy(), name.split(".")
-        name = name.removeprefix("model.").removesuffix(".weight")
-        if kind in ("q_proj", "k_proj"):
-            heads = 4 if kind == "q_proj" else 2
-            x = x.reshape(heads, 2, -1, 32).swapaxes(1, 2).reshape(x.shape)
-        if name.startswith("layers."):
-            _, i, part = name.split(".", 2)
-            name = f"blk.{i}.{parts[part]}"
-        name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}.get(
-            name, name
-        )
-        w.add_tensor(name + ".weight", np.ascontiguousarray(x))
+        for theirs, ours in zip(names[::2], names[1::2]):
+            name = name.replace(theirs, ours.strip("."))
+        w.add_tensor(name, p.detach().numpy())
     for name in extra:
         w.add_tensor(name, np.ones(4, dtype=np.float32))
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     return path
 
 
-def test_gguf(tmp_path):
+def test_gguf(tmp_path, monkeypatch):
     lm = build("Llama", rms_norm_eps=1e-5)
     path = write_gguf(tmp_path / "tiny.gguf", lm)
-    found, _ = load_lm(path)
-    torch.testing.assert_close(found(random_tokens()).logits, lm(random_tokens()).logits)
-    found.save_pretrained(
-        tmp_path / "saved"
-    )  # transformers refuses this of a model that it thinks is quantised
+    found = load(path)[0].lm
+    assert torch.equal(
+        found.model.layers[1].mlp.up_proj.weight, lm.model.layers[1].mlp.up_proj.weight
+    )
+    found.save_pretrained(tmp_path / "saved")  # refused of what transformers thinks is quantised
     with pytest.raises(ValueError, match="rope_freqs"):
-        load_lm(write_gguf(tmp_path / "llama3.gguf", lm, "rope_freqs.weight"))
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="tiny.gguf is not there, cut short, or no GGUF file"):
-        load_lm(path)
+        load(write_gguf(tmp_path / "llama3.gguf", lm, "rope_freqs.weight"))
+    monkeypatch.setattr(language_models, "CACHE", tmp_path)
+    path.rename(tmp_path / "qwen.gguf")
+    with pytest.raises(ValueError, match="has SHA-256 .*, not 1d96.*: delete it and fetch it"):
+        language_models.fetch("qwen")
+    path.write_bytes((tmp_path / "qwen.gguf").read_bytes()[:200])
+    for file in (path, tmp_path / "none.gguf"):
+        with pytest.raises(ValueError, match=f"transformers cannot read .*{file.name}"):
+            load(file)
 
 
 def test_what_cannot_be_read_is_named(directory, tmp_path, monkeypatch):
     (tmp_path / "base.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="base.pt is a file, but not a .gguf one"):
+    with pytest.raises(ValueError, match="base.pt: of single files only a .gguf one"):
         load(tmp_path / "base.pt")
     with pytest.raises(ValueError, match="transformers cannot read"):
         load(tmp_path)
     lm = build(head_dim=8)
     weights = {name: p for name, p in lm.state_dict().items() if "layers.1.mlp.up" not in name}
     lm.save_pretrained(tmp_path, state_dict=weights)
-    load_lm(directory)[1].save_pretrained(tmp_path)
+    load(directory)[1].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no weights for model.layers.1.mlp.up_proj.weight"):
         load(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[hf\]"'):
         load(directory)
+    monkeypatch.setattr(trl, "__version__", "1.15.3")
+    with pytest.raises(ImportError, match=r"needs trl>=1.16,<2, not 1.15.3: pip install"):
+        importlib.reload(hf.bupo_trainer)
+
+
+def test_analyze_looks_into_a_language_model(directory, tmp_path, capsys):
+    """entropy, writes, lens, sample and step of a prompt and its response."""
+
+    def run(command, *options):
+        words = [command, str(directory), "--prompt", "1+1=", "--out", str(tmp_path), *options]
+        assert analyze.main([*words, "--device", "cpu"]) == 0
+        return capsys.readouterr().out
+
+    for command in ("entropy", "writes", "lens"):
+        run(command, "--text", "23")
+    tokens = torch.tensor([[3, 12, 3, 15, 4]])
+    lm = build(**TIED).eval()
+    stream = lm(tokens, output_hidden_states=True).hidden_states[:3]  # the last one is normed
+    raw = [torch.distributions.Categorical(logits=lm.lm_head(h[0, 3:])).entropy() for h in stream]
+    found = json.loads((tmp_path / "entropy.json").read_text())["layer"]
+    assert found[:3] == pytest.approx([float(H.mean()) for H in raw], rel=1e-4)
+    assert {"entropy_flow.png", "writes.png", "lens.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert '"said":["2","3"]' in (tmp_path / "lens.html").read_text()
+    assert run("sample", "--layer", "2", "--count", "3").count("\n  '") == 6
+    step = run("step", "--layer", "2", "--responses", "23", "31", "--rewards", "1", "0")
+    (norms,) = (line.split() for line in step.splitlines() if "lm.model.norm" in line)
+    assert norms[-2] == "none" and float(norms[-1]) > 0
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
 
-OPTIONS = dict(
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    report_to="none",
-    save_strategy="no",
-    logging_steps=1,
-    disable_tqdm=True,
-    per_device_train_batch_size=8,
-    num_generations=4,
-    max_completion_length=5,
-    steps_per_generation=2,
-    gradient_accumulation_steps=1,
-    loss_type="bnpo",
-    learning_rate=1e-2,
-    lr_scheduler_type="constant",
-    weight_decay=0.1,
-    dataloader_pin_memory=False,
-    seed=3,
-)
+OPTIONS = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", seed=3)
+OPTIONS |= dict(save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
+OPTIONS |= dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=5)
+OPTIONS |= dict(steps_per_generation=2, gradient_accumulation_steps=1, loss_type="bnpo")
+OPTIONS |= dict(learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.1)
 
 
-def reward(completion_ids, **_):
-    """How many of its tokens are even."""
+def even(completion_ids, **_):
+    """The reward: how many of its tokens are even."""
     return [sum(i % 2 == 0 for i in ids) / 5 for ids in completion_ids]
 
 
-def make(tokenizer, out, trainer=BuPOTrainer, lm=None, peft=None, **options):
+def make(tokenizer, out, trainer=BuPOTrainer, lm=None, peft_config=None, train=True, **options):
     config = BuPOConfig if issubclass(trainer, BuPOTrainer) else GRPOConfig
-    prompts = [f"{a}+{b}=" for a in range(12) for b in range(4)]
-    return trainer(
-        model=build(head_dim=8, tie_word_embeddings=True) if lm is None else lm,
-        processing_class=tokenizer,
-        reward_funcs=reward,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        peft_config=peft,
-        args=config(output_dir=str(out), **(OPTIONS | options)),
-    )
+    args = config(output_dir=str(out), **(OPTIONS | options))
+    data = Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(48)]})
+    given = dict(processing_class=tokenizer, train_dataset=data, peft_config=peft_config)
+    trainer = trainer(build(**TIED) if lm is None else lm, even, args, **given)
+    if train:
+        trainer.train()
+    return trainer
 
 
 def weights(trainer):
@@ -410,38 +321,41 @@ def differ(a, b):
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
-class Recorder(BuPOTrainer):
-    """Keeps of every mini-batch its rows, phase, loss, gradients, and the weights that had them."""
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
-    def __init__(self, *args, **kwargs):
-        self.seen = []
-        super().__init__(*args, **kwargs)
+
+class Recorder(BuPOTrainer):
+    """Keeps of every mini-batch its rows, phase, loss, gradients, and what they were taken with."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.seen.append(dict(inputs, phase=self.phase, loss=loss.detach(), weights=weights(self)))
+        seen = dict(inputs, phase=self.phase, loss=loss.detach(), weights=weights(self))
+        seen["moments"] = {int(state["step"]) for state in self.optimizer.state.values()}
+        seen["vllm"], seen["dropout"] = (
+            self.vllm_importance_sampling_correction,
+            model.lm_head.training,
+        )
+        self.seen = [*getattr(self, "seen", []), seen]
         return loss
 
     def training_step(self, *args, **kwargs):
         out = super().training_step(*args, **kwargs)
-        grads = {
-            name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
-        }
-        self.seen[-1]["grads"] = grads
+        named = self.model.named_parameters()
+        self.seen[-1]["grads"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
         return out
 
 
 def rows_of(seen):
     """The rows of a mini-batch of TRL's as minibupo has them: tokens from the left, and their mask."""
-    rows = [
-        (p[m.bool()], c[k.bool()])
-        for p, m, c, k in zip(
-            *(seen[n] for n in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
-        )
-    ]
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    rows = [(p[a == 1], c[b == 1]) for p, a, c, b in zip(*(seen[name] for name in names))]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in rows], batch_first=True)
     prompt_len, end = torch.tensor([[len(p), len(p) + len(c)] for p, c in rows]).T
-    return tokens, response_mask(prompt_len, end, tokens.shape[1])
+    return tokens, m.response_mask(prompt_len, end, tokens.shape[1])
+
+
+MORE = dict(gradient_checkpointing=True, steps_per_generation=4, per_device_train_batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -449,13 +363,7 @@ def rows_of(seen):
     [
         ("Qwen3", True, dict(temperature=0.7)),
         ("Qwen3", False, dict(loss_type="grpo", num_iterations=2)),
-        (
-            "Llama",
-            True,
-            dict(
-                gradient_checkpointing=True, steps_per_generation=4, per_device_train_batch_size=4
-            ),
-        ),
+        ("Llama", True, MORE),
         ("Llama", False, dict(temperature=1.3, num_iterations=2, steps_per_generation=1)),
     ],
 )
@@ -463,271 +371,214 @@ def test_loss_and_gradients_are_minibupos(tokenizer, tmp_path, family, tied, opt
     """One batch of phase 1 and one of phase 2, all mini-batches, against policy_loss on a copy."""
     shape = dict(head_dim=8, tie_word_embeddings=tied)
     per_batch = options.get("steps_per_generation", 2) * options.get("num_iterations", 1)
-    trainer = make(
-        tokenizer,
-        tmp_path,
-        Recorder,
-        build(family, **shape),
-        bupo_layer=2,
-        bupo_steps=1,
-        max_steps=2 * per_batch,
-        max_grad_norm=0.0,
-        **options,
-    )
-    trainer.train()
-    assert [s["phase"] for s in trainer.seen] == [1] * per_batch + [2] * per_batch
-    copy = HFModel(build(family, **shape))
-    ratios = []
+    options |= dict(bupo_layer=2, bupo_steps=1, max_steps=2 * per_batch, max_grad_norm=0.0)
+    trainer = make(tokenizer, tmp_path, Recorder, build(family, **shape), **options)
+    assert [seen["phase"] for seen in trainer.seen] == [1] * per_batch + [2] * per_batch
+    copy, ratios, temperature = HFModel(build(family, **shape)), [], trainer.temperature
+    average = {"bnpo": "token", "grpo": "sequence"}[trainer.loss_type]
     for step, seen in enumerate(trainer.seen):
-        policy, T = Policy(2) if seen["phase"] == 1 else FULL, trainer.temperature
+        policy = m.Policy(2) if seen["phase"] == 1 else m.FULL
         tokens, mask = rows_of(seen)
-        copy.lm.load_state_dict(trainer.seen[step - step % per_batch]["weights"], strict=False)
         with torch.no_grad():
-            old = token_logprobs(copy, tokens, mask, policy, T)
-        copy.lm.load_state_dict(seen["weights"], strict=False)
+            logps = []
+            for start in (trainer.seen[step - step % per_batch], seen):
+                copy.lm.load_state_dict(start["weights"], strict=False)
+                logps.append(m.token_logprobs(copy, tokens, mask, policy, temperature))
+        ratios.append(float((logps[1] - logps[0]).abs().max()))
         copy.zero_grad(set_to_none=True)
-        average = {"bnpo": "token", "grpo": "sequence"}[trainer.loss_type]
-        loss, _ = policy_loss(
-            copy, tokens, old, seen["advantages"], mask, policy, T, average=average
-        )
+        rows = (tokens, logps[0], seen["advantages"], mask, policy, temperature)
+        loss, _ = m.policy_loss(copy, *rows, average=average)
         loss.backward()
-        with torch.no_grad():
-            ratios.append(float((token_logprobs(copy, tokens, mask, policy, T) - old).abs().max()))
         torch.testing.assert_close(seen["loss"], loss.detach(), rtol=1e-4, atol=1e-5)
         ours = {name: p.grad for name, p in copy.lm.named_parameters() if p.grad is not None}
         assert ours.keys() == seen["grads"].keys()
         assert (seen["phase"] == 2) == any("layers.2" in name for name in ours)
-        size = max(g.abs().max() for g in ours.values())
+        close = dict(rtol=1e-3, atol=1e-4 * float(max(g.abs().max() for g in ours.values())))
         for name, gradient in ours.items():
-            torch.testing.assert_close(
-                seen["grads"][name], gradient, rtol=1e-3, atol=1e-4 * float(size), msg=name
-            )
+            torch.testing.assert_close(seen["grads"][name], gradient, msg=name, **close)
     assert max(ratios) > 0.01  # later mini-batches do see other weights than the rollouts
 
 
-def test_what_is_above_the_layer_does_not_move(tokenizer, tmp_path):
-    trainer = make(tokenizer, tmp_path, bupo_layer=2, bupo_steps=2, max_steps=4)
-    before = weights(trainer)
-    trainer.train()
-    above = {name for name in before if name.startswith(("model.layers.2", "model.norm"))}
-    assert differ(before, weights(trainer)) == before.keys() - above
+def test_phase_1_and_the_switch(tokenizer, tmp_path):
+    """What is above the layer stays under weight decay; moments start afresh; vLLM's correction."""
+    trainer = make(tokenizer, tmp_path, Recorder, bupo_layer=2, bupo_steps=2, max_steps=8)
+    first, switch, last = (trainer.seen[i]["weights"] for i in (0, 4, 7))
+    above = {name for name in first if name.startswith(("model.layers.2", "model.norm"))}
+    assert differ(first, switch) == first.keys() - above and differ(switch, last) == first.keys()
+    assert [seen["moments"] for seen in trainer.seen[1:]] == [{1}, {2}, {3}, set(), {1}, {2}, {3}]
+    assert [seen["vllm"] for seen in trainer.seen] == [False] * 4 + [True] * 4
+    assert all(seen["dropout"] for seen in trainer.seen)
 
 
 def test_no_steps_is_grpo(tokenizer, tmp_path):
-    runs = []
-    for trainer in (GRPOTrainer, BuPOTrainer):  # each seeds torch's generator when it is made
-        runs.append(make(tokenizer, tmp_path, trainer, max_steps=4))
-        runs[-1].train()
-    assert not differ(*map(weights, runs))
-    grpo, bupo = (
-        [
-            {k: v for k, v in log.items() if "time" not in k and "per_second" not in k}
-            for log in run.state.log_history
-        ]
-        for run in runs
-    )
-    assert grpo == bupo
+    # each seeds torch's generator when it is made
+    grpo, bupo = (make(tokenizer, tmp_path, t, max_steps=4) for t in (GRPOTrainer, BuPOTrainer))
+    assert not differ(weights(grpo), weights(bupo))
+    for theirs, ours in zip(grpo.state.log_history, bupo.state.log_history, strict=True):
+        differs = {name for name in theirs if theirs[name] != ours[name]}
+        assert all("time" in name or "per_second" in name for name in differs), differs
 
 
 def test_resume_goes_on_as_if_never_stopped(tokenizer, tmp_path):
     """With the layer by the rule, stopped in phase 1 and exactly at the switch."""
     options = dict(bupo_steps=2, max_steps=6, save_strategy="steps", save_steps=2)
-    whole = make(tokenizer, tmp_path / "whole", **options)
-    whole.train()
+    options |= dict(gradient_accumulation_steps=2, steps_per_generation=4)
+    whole = make(tokenizer, tmp_path, **options)
     for stop in (2, 4):
         again = make(
-            tokenizer,
-            tmp_path / "again",
-            lm=build(seed=9, head_dim=8, tie_word_embeddings=True),
-            **options,
+            tokenizer, tmp_path / "again", lm=build(seed=9, **TIED), train=False, **options
         )
-        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-        assert not differ(weights(whole), weights(again)) and again.layer in (None, whole.layer)
-    state = json.loads((tmp_path / "whole" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert whole.layer in [log.get("bupo/layer") for log in state["log_history"]]
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        assert not differ(weights(whole), weights(again))
+        assert again.layer == (whole.layer if stop == 2 else None)
+    # what the log says counts, not what the rule would say now
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    file.write_text(file.read_text().replace(f'"bupo/layer": {whole.layer}', '"bupo/layer": 3'))
+    again = make(tokenizer, tmp_path / "again", train=False, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.layer == 3
 
 
 def test_layer_by_the_rule(tokenizer, tmp_path):
-    trainer = make(tokenizer, tmp_path, Recorder, bupo_steps=1, max_steps=1, steps_per_generation=1)
-    trainer.train()
-    copy = HFModel(build(head_dim=8, tie_word_embeddings=True))
-    d_mlp = look_inside(copy, *rows_of(trainer.seen[0]))["d_mlp"].mean(1)
-    logged = next(log for log in trainer.state.log_history if "bupo/d_mlp" in log)
-    torch.testing.assert_close(torch.tensor(logged["bupo/d_mlp"]), d_mlp, rtol=1e-4, atol=1e-4)
-    assert trainer.layer == target_layer(d_mlp)
-    narrow = build(head_dim=8, tie_word_embeddings=True)
+    options = dict(bupo_steps=1, max_steps=1, steps_per_generation=1)
+    trainer = make(tokenizer, tmp_path, Recorder, **options)
+    d_mlp = m.look_inside(HFModel(build(**TIED)), *rows_of(trainer.seen[0]))["d_mlp"].mean(1)
+    assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
+    assert trainer.layer == m.target_layer(d_mlp) == logged(trainer, "bupo/layer")[0]
+    narrow = build(**TIED)
     for layer in narrow.model.layers:
         layer.mlp.down_proj.weight.data *= 100  # loud writes: every FFN narrows
     with pytest.raises(NoLayerError, match="choose one with bupo_layer"):
-        make(tokenizer, tmp_path, lm=narrow, bupo_steps=1, max_steps=1).train()
-
-
-def test_moments_start_afresh_at_the_switch(tokenizer, tmp_path):
-    trainer, steps = make(tokenizer, tmp_path, bupo_layer=2, bupo_steps=1, max_steps=4), []
-
-    class Look(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, optimizer, **_):
-            steps.append({int(s["step"]) for s in optimizer.state.values()})
-
-    trainer.add_callback(Look())
-    trainer.train()
-    assert steps == [{1}, {2}, {1}, {2}]
+        make(tokenizer, tmp_path, lm=narrow, **options)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM cannot be laid open"):
+        make(tokenizer, tmp_path, lm=build("GPTNeoX"), **options)
 
 
 def test_kl_is_zero_at_the_start(directory, tokenizer, tmp_path):
-    lm = load_lm(directory)[0]  # the reference is read from there once more
-    trainer = make(tokenizer, tmp_path, lm=lm, bupo_layer=1, bupo_steps=1, max_steps=2, beta=0.1)
-    trainer.train()
-    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    lm = load(directory)[0].lm  # the reference is read from there once more
+    options = dict(bupo_layer=1, bupo_steps=1, max_steps=2, beta=0.1)
+    kl = logged(make(tokenizer, tmp_path, lm=lm, **options), "kl")
     assert kl[0] == 0 and kl[1] > 0
 
 
 def test_lora_moves_only_adapters_up_to_the_layer(tokenizer, tmp_path):
-    trainer = make(
-        tokenizer,
-        tmp_path,
-        peft=LoraConfig(target_modules=["q_proj", "up_proj"]),
-        bupo_layer=2,
-        bupo_steps=2,
-        max_steps=4,
-    )
+    peft = LoraConfig(target_modules=["q_proj", "up_proj"])
+    options = dict(peft_config=peft, bupo_layer=2, bupo_steps=2, max_steps=4)
+    trainer = make(tokenizer, tmp_path, train=False, **options)
     before = weights(trainer)
     trainer.train()
     moved = differ(before, weights(trainer))
-    assert moved and all("lora" in name and "layers.2" not in name for name in moved)
+    assert moved and all("lora" in name for name in moved)
     assert {name.split("layers.")[1][0] for name in moved} == {"0", "1"}
-
-
-def test_vllm_correction_is_off_in_phase_1(tokenizer, tmp_path):
-    trainer = make(tokenizer, tmp_path, bupo_layer=1, bupo_steps=1, max_steps=4)
-    values = []
-    score = trainer._calculate_rewards
-    trainer._calculate_rewards = lambda *a: (
-        values.append(trainer.vllm_importance_sampling_correction) or score(*a)
-    )
-    trainer.train()
-    assert values == [False, True]
-
-
-@pytest.mark.parametrize(
-    "options,says",
-    [
-        (dict(bupo_steps=-1), "bupo_steps must be 0 or more, not -1"),
-        (dict(bupo_steps=1, bupo_layer=4), r"bupo_layer must be in 1\.\.3, not 4"),
-        (
-            dict(bupo_steps=1, use_vllm=True, off_policy_mask_threshold=0.1),
-            "off_policy_mask_threshold",
-        ),
-        (
-            dict(bupo_steps=1, gradient_checkpointing_kwargs={"use_reentrant": True}),
-            "use_reentrant=False",
-        ),
-    ],
-)
-def test_settings_that_cannot_work(tokenizer, tmp_path, options, says):
-    with pytest.raises(ValueError, match=says):
-        make(tokenizer, tmp_path, **options)
 
 
 # ---- the command line, and two processes ---------------------------------------------------------
 
 
 def arguments(directory, out, **options):
-    short = dict(
-        model_name_or_path=directory,
-        output_dir=out,
-        use_cpu=True,
-        max_steps=4,
-        bupo_steps=1,
-        bupo_layer=2,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=3,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    return [word for name, value in (short | options).items() for word in (f"--{name}", str(value))]
+    short = dict(model_name_or_path=directory, output_dir=out, use_cpu=True, max_steps=4)
+    short |= dict(bupo_steps=1, bupo_layer=2, per_device_train_batch_size=8, num_generations=4)
+    short |= dict(max_completion_length=3, report_to="none", save_strategy="no", logging_steps=1)
+    options = short | dict(disable_tqdm=True) | options
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def test_command_line(directory, tmp_path, capsys):
-    assert (
-        hf.train.main(
-            arguments(directory, tmp_path, eval_strategy="steps", eval_steps=4, eval_problems=8)
-        )
-        == 0
-    )
+    evaluate = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
+    assert hf.train.main(arguments(directory, tmp_path, **evaluate)) == 0
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["bupo/phase"] for entry in log if "bupo/phase" in entry] == [1, 2, 2, 2]
-    assert any("eval_reward" in entry for entry in log)
-    model, _ = load(tmp_path)
-    assert model.n_layer == 3
+    assert [entry["step"] for entry in log if "eval_reward" in entry] == [2, 4]
+    assert load(tmp_path)[0].n_layer == 3
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder, row in (good, {"prompt": "1+1=", "solution": "$2$"}), (bad, {"prompt": "1"}):
+        folder.mkdir()
+        (folder / "train.json").write_text(json.dumps([row]))
+    words = arguments(directory, tmp_path, dataset_name=good, use_peft=True, dtype="bfloat16")
+    trainer, _ = hf.train.make_trainer(words)
+    assert trainer.reward_func_names == ["accuracy_reward"] and trainer.model.peft_config
+    assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
     for options, says in [
-        (dict(bupo_layer=7), "bupo_layer must be in 1..3, not 7"),
+        (dict(bupo_steps=-1), "bupo_steps must be 0 or more, not -1"),
+        (dict(bupo_layer=4), "bupo_layer must be in 1..3, not 4"),
+        (dict(bupo_layer=0), "bupo_layer must be in 1..3, not 0"),
+        (dict(use_vllm=True, off_policy_mask_threshold=0.1), "off_policy_mask_threshold"),
+        (dict(gradient_checkpointing_kwargs='{"use_reentrant": true}'), "use_reentrant=False"),
         (dict(model_name_or_path=tmp_path / "nothing"), "transformers cannot read"),
         (dict(operations="/"), "operations must be some of + - *"),
         (dict(dataset_name=tmp_path / "no-data"), "there is no data set"),
+        (dict(dataset_name=good, dataset_train_split="x"), "has no split x, only train"),
+        (dict(dataset_name=bad), "has no column 'solution', only prompt"),
     ]:
         capsys.readouterr()
         assert hf.train.main(arguments(directory, tmp_path, **options)) == 2
         err = capsys.readouterr().err
         assert says in err and "Traceback" not in err
+    code = "import sys; sys.modules['trl'] = None; import hf.train"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode and run.stderr.startswith('hf.train needs pip install -e ".[hf]"')
 
 
 def test_arithmetic_holds_problems_out():
     train, held_out = hf.train.arithmetic(1, "+*")
-    assert len(train) + len(held_out) == 198 and len(held_out) == 39  # less the two worked examples
+    assert len(train) + len(held_out) == 198 and len(held_out) == 39  # less two worked examples
     assert not set(train["prompt"]) & set(held_out["prompt"])
     for row in [*train, *held_out]:
         question = row["prompt"].split("\n")[-1]
-        assert row["prompt"] == f"3+4=7\n2*4=8\n{question}" and row["answer"] == str(
-            eval(question[:-1])
-        )
+        assert row["prompt"] == f"3+4=7\n2*4=8\n{question}"
+        assert row["answer"] == str(eval(question[:-1]))
     assert hf.train.right_answer(["7\n3", " 7", "77", ""], ["7"] * 4) == [1, 1, 0, 0]
+    assert all(len(p) == 15 for p in hf.train.arithmetic(2, "-")[1]["prompt"][:99])
 
 
-def test_two_processes_have_the_same_weights(directory, tmp_path):
-    """DDP over gloo: layer by the rule, accumulation, weight decay, checkpointing, both phases."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-        "import hf.train\n"
-        "torch.set_num_threads(1)\n"
-        "trainer, _ = hf.train.make_trainer(sys.argv[1:])\n"
-        "trainer.train()\n"
-        "state = {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}\n"
-        f"torch.save((trainer.layer, trainer.accelerator.num_processes, state), {str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n"
-    )
-    options = dict(
-        steps_per_generation=2,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
-        weight_decay=0.1,
-        learning_rate=1e-2,
-    )
-    words = arguments(directory, tmp_path, max_steps=3, bf16=False, **options)
+def three_steps(lm, rows):
+    """Phase 1, phase 2, phase 1 on the loss -log p, with momentum and weight decay."""
+    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for layer in (2, None, 2):
+        with truncated(lm, layer) if layer else torch.enable_grad():
+            loss = lm(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def one_of_two(argv):
+    """What each process of the next test does: DDP by hf.train, then FSDP2 beside one process."""
+    torch.set_num_threads(1)
+    trainer, config = hf.train.make_trainer(argv)
+    trainer.train()
+    rank, rows = trainer.accelerator.process_index, random_tokens(B=4)
+    ddp = (trainer.layer, trainer.accelerator.num_processes, weights(trainer))
+    alone, sharded = build(**TIED), build(**TIED)
+    for module in (*sharded.model.layers, sharded):
+        fully_shard(module)
+    three_steps(alone, rows)
+    three_steps(sharded, rows[2 * rank : 2 * rank + 2])
+    fsdp = {name: p.full_tensor() for name, p in sharded.named_parameters()}
+    torch.save((ddp, fsdp, dict(alone.named_parameters())), f"{config.output_dir}/rank{rank}")
+
+
+def test_two_processes(directory, tmp_path):
+    """DDP over gloo: layer by the rule, accumulation, weight decay, checkpointing, both phases.
+    FSDP2 on two processes does what one process does, also where layers have no gradient."""
+    options = dict(steps_per_generation=2, gradient_accumulation_steps=2, max_steps=3, bf16=False)
+    options |= dict(gradient_checkpointing=True, weight_decay=0.1, learning_rate=1e-2)
+    words = arguments(directory, tmp_path, **options)
     at = words.index("--bupo_layer")
-    del words[at : at + 2]
-    here = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        *here,
-        script,
-    ]
-    run = subprocess.run(
-        [*torchrun, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    here = "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0".split()
+    here = ["-m", "torch.distributed.run", *here, "--local_addr", "127.0.0.1", __file__]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, *here, *words[:at], *words[at + 2 :]]
+    run = subprocess.run(words, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    (layer, n, zero), (other_layer, _, one) = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))
-    start = dict(load_lm(directory)[0].named_parameters())
-    assert n == 2 and layer == other_layer and 1 <= layer < 3
-    assert not differ(zero, one) and len(differ(start, zero)) == len(start)
+    zero, one = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))
+    (layer, n, ddp), fsdp, alone = zero
+    assert n == 2 and layer == one[0][0] and 1 <= layer < 3
+    start = dict(load(directory)[0].lm.named_parameters())
+    assert not differ(ddp, one[0][2]) and len(differ(start, ddp)) == len(start)
+    for name, weight in alone.items():
+        torch.testing.assert_close(fsdp[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+if __name__ == "__main__":
+    one_of_two(sys.argv[1:])
