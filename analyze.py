@@ -21,6 +21,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,8 @@ def read_run(path: Path, chosen="base", device="auto") -> Subject:
 
     names = [name for name, file in CHECKPOINTS.items() if (path / file).is_file()]
     names = names if chosen in CHECKPOINTS else [chosen]
-    how = (load, encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
-    return Subject(path / "figures", chosen, names, *how, path, s)
+    text = (encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
+    return Subject(path / "figures", chosen, names, load, *text, path, s)
 
 
 def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
@@ -85,9 +86,8 @@ def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
 
     model, tokenizer = load(source, dtype, toy.pick_device(device))
     name = Path(source).name.removesuffix(".gguf")
-    how = (lambda _: model, partial(encode_chat, tokenizer), tokenizer.decode)
-    folder = Path("out") / name / "figures"
-    return Subject(folder, name, [name], *how, tokenizer.eos_token_id, limit=48)
+    text = (partial(encode_chat, tokenizer), tokenizer.decode, tokenizer.eos_token_id, 48)
+    return Subject(Path("out") / name / "figures", name, [name], lambda _: model, *text)
 
 
 def looked_at(subject: Subject, model, args):
@@ -101,7 +101,8 @@ def looked_at(subject: Subject, model, args):
     if args.text is None:
         tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
     T = tokens.shape[1]
-    mask = response_mask(*torch.tensor([[prompt_len], [T]], device=model.device), T)
+    start, end = torch.tensor([[prompt_len], [T]], device=model.device)
+    mask = response_mask(start, end, T)
     if not mask.any():
         raise ValueError(f"there is no response to look at after {args.prompt!r}")
     return tokens, mask
@@ -251,10 +252,16 @@ def read_training(subject: Subject) -> dict:
 
 
 def target_policy(subject: Subject) -> Policy:
-    """The policy of a run's phase 1. (In GRPO's checkpoint stands the one below the top.)"""
+    """The policy of a run's phase 1. For GRPO, to compare it with BuPO, the one that the paper's
+    rule names, or that of the checkpoint where it names none."""
     content = toy.load_checkpoint(subject.run / "ckpt.pt")[1]
     with toy.reading(subject.run / "ckpt.pt"):
-        return Policy(*content["target"])
+        target = Policy(*content["target"])
+        d_mlp = toy.records_of(content["records"], "internal")[0]["d_mlp"]
+    if subject.settings.s_inter == 0:
+        with suppress(ValueError):
+            target = Policy(minibupo.target_layer(d_mlp))
+    return target
 
 
 # ---- lens, sample ------------------------------------------------------------------------------
@@ -316,11 +323,11 @@ def draw_lens(cells: dict, said: list[str], log_vocab: float):
         rows = cells[site]
         H = np.array([[cell[0] for cell in row] for row in rows])
         image = ax.imshow(H, cmap="cividis", vmin=0, vmax=log_vocab, aspect="auto", origin="lower")
-        for (i, m), entropy in np.ndenumerate(H):
+        for (i, m), undecided in np.ndenumerate(H):
             token, _ = rows[i][m][1]
             style = dict(ha="center", va="center", size=7, parse_math=False)
             style["weight"] = "bold" if token == said[m] else "normal"
-            style["color"] = "white" if entropy < 0.55 * log_vocab else "black"
+            style["color"] = "white" if undecided < 0.55 * log_vocab else "black"
             ax.text(m, i, token if len(token) < 8 else token[:6] + "…", **style)
         ax.set_yticks(range(len(rows)), [l or "emb." for l in range(L + 1 - len(rows), L + 1)])
         ax.set(ylabel="layer", title=title)
@@ -393,7 +400,7 @@ def step(subject: Subject, args):
 def one_question(subject: Subject, model, args) -> Rollouts:
     """The question of --prompt, --responses and --rewards; or the first one of a run's first step
     whose responses, sampled from the model, are not all right or all wrong."""
-    if args.prompt is args.responses is args.rewards is None:
+    if not (args.prompt or args.responses or args.rewards):
         batch = toy.rollouts(subject.settings, model, step=1)
         q, G = int((batch.rewards.std(1) > 0).float().argmax()), subject.settings.group
         return Rollouts(*(x[q * G : (q + 1) * G] for x in batch[:3]), batch.rewards[q : q + 1])
@@ -410,7 +417,7 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
     step, {(i, t): columns} for tokens[i, t + 1]. Raises ValueError where all rewards are equal."""
     tokens, prompt_len, end, rewards = rollouts
     mask = response_mask(prompt_len, end, tokens.shape[1])
-    advantages = minibupo.group_advantages(rewards)[0]
+    advantages = minibupo.group_advantages(rewards)[0].to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     old = minibupo.token_logprobs(model, tokens, mask, policy).detach()
     # no clipping, to see the true norms; AdamW's first step is the same for a scaled gradient
@@ -433,8 +440,8 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
     [gradient] = torch.autograd.grad(loss, new)  # 0 where the clip has taken it away
     columns = {}
     for i, t in mask.nonzero().tolist():
-        cut_off = "yes" if gradient[i, t] == 0 else "no"
-        columns[i, t] = f"{old[i, t]:13.4f}{new[i, t]:11.4f}{ratio[i, t]:10.3g}{cut_off:>9}"
+        numbers_of_token = f"{old[i, t]:13.4f}{new[i, t]:11.4f}{ratio[i, t]:10.3g}"
+        columns[i, t] = numbers_of_token + ("      yes" if gradient[i, t] == 0 else "       no")
     return numbers, columns
 
 
@@ -457,9 +464,9 @@ def gradient_norms(model) -> dict[str, float | None]:
 def everything(subject: Subject, args):
     """All of a run but samples: of its base in `folder`, of the trained model in folder/final."""
     trained = replace(subject, chosen="final")
-    for look in (subject, replace(trained, folder=subject.folder / "final")):
-        entropy(look, args)
-        writes(look, args)
+    for each in (subject, replace(trained, folder=subject.folder / "final")):
+        entropy(each, args)
+        writes(each, args)
     lens(trained, args)
     dynamics(subject, args)
     step(subject, args)
@@ -550,7 +557,7 @@ def read_subject(args) -> Subject:
         default = "final" if args.command in ("lens", "sample") else "base"
         subject = read_run(path, args.checkpoint or default, args.device)
     else:
-        raise ValueError(f"{args.run!r} is neither a run nor one of {', '.join(COMMANDS)}")
+        raise ValueError(f"{args.run} is neither a run nor a language model nor a command")
     # the figures of a --checkpoint go into a folder of its name
     subject.folder = args.out or subject.folder / Path(args.checkpoint or "").stem
     return subject
