@@ -2,8 +2,7 @@
 
     python analyze.py RUN                       all that the run has data for, into RUN/figures
     python analyze.py entropy RUN               entropy flow and entropy change by layer (Fig. 2, 3)
-    python analyze.py dynamics RUN              reward, accuracy, entropy, length over steps
-                                                (Fig. 4, 7) and feature refinement (Fig. 5)
+    python analyze.py dynamics RUN              training (Fig. 4, 7), feature refinement (Fig. 5)
     python analyze.py writes RUN                cosine of each write with the stream (Appendix B.2)
     python analyze.py lens RUN "7+5*3-2="       what each internal policy would say: picture, page
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers of an internal policy itself
@@ -92,25 +91,23 @@ def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
 
 def looked_at(subject: Subject, model, args):
     """Tokens (N, T) and mask (N, T-1) of the response positions that a command looks at: of --text
-    after the prompt, or else of the model's greedy answer. Without a prompt they are its own
-    solutions of the run's held-out problems. Raises ValueError for an empty response."""
-    if args.prompt is None:
+    after the prompt, or of the model's greedy answer to a prompt alone. With neither they are its
+    own solutions of the run's held-out problems. Raises ValueError for an empty response."""
+    if args.prompt is None and args.text is None:
         return toy.own_solutions(model, subject.settings)
-    ids, prompt_len = subject.encode(args.prompt, args.text or "")
+    ids, prompt_len = subject.encode(args.prompt or "", args.text or "")
     tokens = torch.tensor([ids], device=model.device)
     if args.text is None:
         tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
     T = tokens.shape[1]
-    start, end = torch.tensor([[prompt_len], [T]], device=model.device)
-    mask = response_mask(start, end, T)
+    mask = response_mask(torch.tensor([prompt_len]), torch.tensor([T]), T).to(model.device)
     if not mask.any():
-        raise ValueError(f"there is no response to look at after {args.prompt!r}")
+        raise ValueError("there is no response to look at")
     return tokens, mask
 
 
 def look(subject: Subject, args) -> tuple[dict, float]:
-    """minibupo.look_inside of a checkpoint, as float64 arrays (L, M) or (L+1, M), and the entropy
-    log V of a uniform policy."""
+    """minibupo.look_inside as float64 arrays (L, M) or (L+1, M), and log V, the largest entropy."""
     model = subject.load(subject.chosen)
     found = minibupo.look_inside(model, *looked_at(subject, model, args))
     arrays = {name: values.cpu().double().numpy() for name, values in found.items()}
@@ -209,6 +206,7 @@ AVG = f"avg@{toy.SAMPLES}"
 
 def dynamics(subject: Subject, args):
     """dynamics.png and refinement.png of a run; a dotted line where phase 2 begins."""
+    s_inter = subject.settings.s_inter
     for name, panels in read_training(subject).items():
         figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.2))
         for ax, (title, points) in zip(axes, panels.items()):
@@ -218,8 +216,8 @@ def dynamics(subject: Subject, args):
                 for l, height in enumerate(y[-1]):
                     ax.annotate(l or "emb.", (1.02 * x[-1], height), va="center", size=6)
             ax.plot(x, y)
-            if subject.settings.s_inter:
-                ax.axvline(subject.settings.s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
+            if s_inter:
+                ax.axvline(s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
             ax.set(title=title, xlabel="step")
         save_figure(subject.folder / name, figure, args.pdf)
 
@@ -271,17 +269,17 @@ TITLES = ("layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$")
 
 def lens(subject: Subject, args):
     """lens.png of the chosen checkpoint, and lens.html of all: what internal policies would say at
-    each position of a response. Without a prompt it is the first of the run's held-out problems."""
+    each position of a response."""
     model = subject.load(subject.chosen)
-    tokens, mask = (x[:1] for x in looked_at(subject, model, args))
+    tokens, mask = (x[:1] for x in looked_at(subject, model, args))  # of one text
     positions = mask[0].nonzero()[:, 0].tolist()
-    words = [subject.word(i) for i in tokens[0, : positions[-1] + 2].tolist()]
-    said = [words[t + 1] for t in positions]
+    words = [subject.word(i) for i in tokens[0, : positions[-1] + 2].tolist()]  # up to its last
+    read, said = [words[t] for t in positions], [words[t + 1] for t in positions]
     cells = {}
     for name in subject.checkpoints:
         cells[name] = lens_cells(subject.load(name), tokens, mask, subject.word)
-    data = {"title": "".join(words), "read": [words[t] for t in positions], "said": said}
-    data |= {"checkpoints": cells, "logV": math.log(model.vocab_size)}
+    data = {"title": "".join(words), "read": read, "said": said, "checkpoints": cells}
+    data["logV"] = math.log(model.vocab_size)
     # "<" as an escape, so that no token can end the script that the data stands in
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
@@ -292,9 +290,9 @@ def lens(subject: Subject, args):
 
 @torch.no_grad()
 def lens_cells(model, tokens, mask, word) -> dict:
-    """What each internal policy would say: {"raw" or "normed": {site: rows}} with a row for each
-    layer, H^0 first in resid_post. A row has for each response position [entropy, [token, p], ..]
-    of the five likeliest tokens. "normed" is the logit lens, softmax(LN_f(h) E_u^T)."""
+    """What each internal policy would say: {"raw" or "normed": {site: rows}}. A row is a layer, H^0
+    first in resid_post, and has for each response position [entropy, [token, p], ..] of the five
+    likeliest tokens. "normed" is the logit lens, softmax(LN_f(h) E_u^T)."""
 
     def row(h):  # of vectors (M, d)
         logits = minibupo.at_least_float32(model.unembed(h))
@@ -440,8 +438,8 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
     [gradient] = torch.autograd.grad(loss, new)  # 0 where the clip has taken it away
     columns = {}
     for i, t in mask.nonzero().tolist():
-        numbers_of_token = f"{old[i, t]:13.4f}{new[i, t]:11.4f}{ratio[i, t]:10.3g}"
-        columns[i, t] = numbers_of_token + ("      yes" if gradient[i, t] == 0 else "       no")
+        cut = "yes" if gradient[i, t] == 0 else "no"
+        columns[i, t] = f"{old[i, t]:13.4f}{new[i, t]:11.4f}{ratio[i, t]:10.3g}{cut:>9}"
     return numbers, columns
 
 
