@@ -175,7 +175,7 @@ def test_lens_cells_are_the_policies():
                 assert entropy == pytest.approx(-(p * np.log(p)).sum(), abs=0.006)
                 assert [int(token) for token, _ in top] == p.argsort()[::-1][:5].tolist()
                 np.testing.assert_allclose([q for _, q in top], np.sort(p)[::-1][:5], atol=1e-4)
-    own = model(tokens[:, :-1])[mask].softmax(-1)  # with the final norm H^L gives pi_theta
+    own = model(tokens[:, :-1])[mask].softmax(-1).detach()  # with the final norm H^L gives pi_theta
     for (_, *top), p in zip(cells["normed"]["resid_post"][-1], own):
         assert all(q == pytest.approx(float(p[int(token)]), abs=1e-4) for token, q in top)
 
