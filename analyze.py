@@ -2,8 +2,7 @@
 
     python analyze.py RUN                       all that the run has data for, into RUN/figures
     python analyze.py entropy RUN               entropy flow and entropy change by layer (Fig. 2, 3)
-    python analyze.py dynamics RUN              reward, accuracy, entropy, length over steps
-                                                (Fig. 4, 7) and feature refinement (Fig. 5)
+    python analyze.py dynamics RUN              training (Fig. 4, 7), feature refinement (Fig. 5)
     python analyze.py writes RUN                cosine of each write with the stream (Appendix B.2)
     python analyze.py lens RUN "7+5*3-2="       what each internal policy would say: picture, page
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers of an internal policy itself
@@ -21,7 +20,8 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Subject:
     chosen: str  # the checkpoint to look at
     checkpoints: list[str]  # all that there are, in the order of training
     load: Callable  # name of a checkpoint -> model
-    encode: Callable  # prompt or None, text -> token ids, and how many of them are the prompt's
+    encode: Callable  # prompt, response -> token ids of both, and how many are the prompt's
     decode: Callable  # token ids -> text
     eos_id: int
     limit: int  # tokens that a response may take
@@ -56,13 +56,7 @@ class Subject:
 
     def word(self, token: int) -> str:
         """The text of one token: a dot for a space, an escape for what cannot be seen."""
-        text = self.decode([token])
-        return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-    def need_run(self, what: str):
-        """Raise ValueError if this is a language model."""
-        if self.run is None:
-            raise ValueError(f"{what} needs a run of train_toy.py; this is a language model")
+        return repr(self.decode([token]))[1:-1].replace(" ", "·")
 
 
 CHECKPOINTS = {"base": "base.pt", "phase1": "phase1.pt", "final": "ckpt.pt"}
@@ -72,81 +66,65 @@ def read_run(path: Path, chosen="base", device="auto") -> Subject:
     """The run in a directory. Raises ValueError if there is none."""
     s, device = toy.read_settings(path), toy.pick_device(device)
     torch.set_num_threads(s.threads)
-    files = {name: path / file for name, file in CHECKPOINTS.items() if (path / file).is_file()}
 
-    def load(name):
-        if name in CHECKPOINTS and name not in files:
-            raise ValueError(f"{path} has no checkpoint {name}, only {', '.join(files) or 'none'}")
-        return toy.load_model(files.get(name, name), device)
+    def load(name):  # one of CHECKPOINTS, or a file
+        return toy.load_model(path / CHECKPOINTS[name] if name in CHECKPOINTS else name, device)
 
-    def encode(prompt, text):
-        return toy.encode((prompt or "") + text), len(toy.encode(prompt or ""))
+    def encode(prompt, response):
+        return toy.encode(prompt + response), len(toy.encode(prompt))
 
-    names = list(files) if chosen in CHECKPOINTS else [chosen]  # else it is a file
-    how = (load, encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
-    return Subject(path / "figures", chosen, names, *how, path, s)
+    names = [name for name, file in CHECKPOINTS.items() if (path / file).is_file()]
+    names = names if chosen in CHECKPOINTS else [chosen]
+    text = (encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
+    return Subject(path / "figures", chosen, names, load, *text, path, s)
 
 
 def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
-    """A language model by hf/adapter.py. Raises ValueError where that cannot be imported."""
-    try:
-        from hf.adapter import encode_chat, encode_text, load
+    """A language model by hf/adapter.py. Raises ValueError or ImportError if it cannot be read."""
+    from hf.adapter import encode_chat, load
 
-        model, tokenizer = load(source, dtype, toy.pick_device(device))
-    except ImportError as error:
-        raise ValueError(f"{source} cannot be read as a language model: {error}") from None
+    model, tokenizer = load(source, dtype, toy.pick_device(device))
     name = Path(source).name.removesuffix(".gguf")
-
-    def encode(prompt, text):
-        if prompt is None:
-            return encode_text(tokenizer, text), 0
-        return encode_chat(tokenizer, prompt, text)
-
-    how = (lambda _: model, encode, tokenizer.decode, tokenizer.eos_token_id)
-    return Subject(Path("out") / name / "figures", name, [name], *how, limit=48)
+    text = (partial(encode_chat, tokenizer), tokenizer.decode, tokenizer.eos_token_id, 48)
+    return Subject(Path("out") / name / "figures", name, [name], lambda _: model, *text)
 
 
-def looked_at(of: Subject, model, args):
-    """Tokens (N, T) and mask (N, T-1) of the response positions that a command looks at.
-
-    They are --text after the prompt, or all but the first token of a text alone, or what the model
-    answers to a prompt alone (greedily). With neither they are its own solutions of the run's
-    held-out problems. Raises ValueError for a text without response positions."""
-    if args.text is None and args.prompt is None:
-        of.need_run("a look without a prompt or --text")
-        return toy.own_solutions(model, of.settings)
-    ids, first = of.encode(args.prompt, args.text or "")
-    if args.text is None and ids:
-        asked = torch.tensor([ids], device=model.device)
-        answer = model.generate(asked, of.limit, temperature=0, eos_id=of.eos_id)
-        ids = answer.tokens[0, : answer.end[0]].tolist()
-    first, T = max(1, first), len(ids)
-    if T <= first:
-        raise ValueError(f"no response to look at in prompt {args.prompt!r}, text {args.text!r}")
-    mask = response_mask(torch.tensor([first]), torch.tensor([T]), T)
-    return torch.tensor([ids], device=model.device), mask.to(model.device)
+def looked_at(subject: Subject, model, args):
+    """Tokens (N, T) and mask (N, T-1) of the response positions that a command looks at: of --text
+    after the prompt, or of the model's greedy answer to a prompt alone. With neither they are its
+    own solutions of the run's held-out problems. Raises ValueError for an empty response."""
+    if args.prompt is None and args.text is None:
+        return toy.own_solutions(model, subject.settings)
+    ids, prompt_len = subject.encode(args.prompt or "", args.text or "")
+    tokens = torch.tensor([ids], device=model.device)
+    if args.text is None:
+        tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
+    T = tokens.shape[1]
+    mask = response_mask(torch.tensor([prompt_len]), torch.tensor([T]), T).to(model.device)
+    if not mask.any():
+        raise ValueError("there is no response to look at")
+    return tokens, mask
 
 
-def look(of: Subject, args) -> tuple[dict, float]:
-    """minibupo.look_inside of the chosen checkpoint, as float64 arrays (L, M) or (L+1, M), and the
-    entropy log V of a uniform policy."""
-    model = of.load(of.chosen)
-    found = minibupo.look_inside(model, *looked_at(of, model, args))
+def look(subject: Subject, args) -> tuple[dict, float]:
+    """minibupo.look_inside as float64 arrays (L, M) or (L+1, M), and log V, the largest entropy."""
+    model = subject.load(subject.chosen)
+    found = minibupo.look_inside(model, *looked_at(subject, model, args))
     arrays = {name: values.cpu().double().numpy() for name, values in found.items()}
     return arrays, math.log(model.vocab_size)
 
 
-# ---- entropy (Fig. 2, 3) -----------------------------------------------------------------------
+# ---- entropy (Fig. 2, 3), writes (Appendix B.2) ------------------------------------------------
 
 LAYER, FFN, ATTENTION, NORMED, MATCHED = "C0", "C1", "C2", "C3", "C5"  # one colour each everywhere
 GREY, WIDTH = "0.45", 7.0  # WIDTH in inches: both columns of a two-column page
 
 
-def entropy(of: Subject, args):
+def entropy(subject: Subject, args):
     """entropy.json, entropy_flow.png and entropy_change.png of one checkpoint. The file has means
     over positions, their standard errors as NAME_sem (None for one position), and medians as
     NAME_median, since a few positions can own a mean."""
-    found, log_vocab = look(of, args)
+    found, log_vocab = look(subject, args)
     M = found["layer"].shape[1]
     summary = {"positions": M, "log_vocab": log_vocab, "target_layer": None}
     for name, values in found.items():
@@ -158,212 +136,179 @@ def entropy(of: Subject, args):
         says = f"target layer {summary['target_layer']}"
     except ValueError as error:
         says = f"no target layer: {error}"
-    print(f"{of.chosen}, {M} response positions: {says}")
-    save_text(of.folder / "entropy.json", json.dumps(summary, indent=1))
-    save_figure(of.folder / "entropy_flow", draw_flow(found, log_vocab), args.pdf)
-    figure = draw_change(found, summary["target_layer"], log_vocab)
-    save_figure(of.folder / "entropy_change", figure, args.pdf)
+    print(f"{subject.chosen}, {M} response positions: {says}")
+    save_text(subject.folder / "entropy.json", json.dumps(summary, indent=1))
+    save_figure(subject.folder / "entropy_flow", draw_flow(found, log_vocab), args.pdf)
+    figure = draw_change(found, summary["target_layer"])
+    save_figure(subject.folder / "entropy_change", figure, args.pdf)
 
 
 def draw_flow(found: dict, log_vocab: float):
     """The entropy flow (Fig. 2): H^l by layer, and for each module a line from the entropy of what
     it reads, the normed stream, to that of what it writes, its dH. Below: the stream's size."""
-    layers = np.arange(len(found["layer"]))
     figure, (ax, below) = plt.subplots(2, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(4, 1))
     curve(ax, 0, found["layer"], LAYER, "$H^l$, raw")
-    dashed = dict(layer_normed=(NORMED, "with LN$_f$"), layer_matched=(MATCHED, "size of $H^L$"))
-    for name, (colour, label) in dashed.items():
-        ax.plot(layers, found[name].mean(1), "--", color=colour, label=f"$H^l$, {label}")
-    modules = {"attn": ("attention", "^", ATTENTION, 2 / 3), "mlp": ("FFN", "s", FFN, 1 / 3)}
-    for name, (label, marker, colour, back) in modules.items():
+    ax.plot(found["layer_normed"].mean(1), "--", color=NORMED, label="$H^l$, with LN$_f$")
+    ax.plot(found["layer_matched"].mean(1), "--", color=MATCHED, label="$H^l$, size of $H^L$")
+    modules = ("attn", "attention", "^", ATTENTION, 1 / 3), ("mlp", "FFN", "s", FFN, 2 / 3)
+    for name, label, marker, colour, offset in modules:
+        x = np.arange(len(found[name])) + offset  # layer l stands between l - 1 and l
         read, written = found[f"{name}_in"].mean(1), found[name].mean(1)
-        ax.vlines(layers[1:] - back, read, written, color=colour)
-        style = dict(marker=marker, color=colour, linestyle="")
-        ax.plot(layers[1:] - back, read, **style, mfc="white", label=f"{label} reads")
-        ax.plot(layers[1:] - back, written, **style, label=f"{label} writes")
-    ax.axhline(log_vocab, color=GREY, linewidth=0.6, linestyle=":")
-    ax.annotate("uniform", (layers[-1], log_vocab), ha="right", va="bottom", color=GREY, size=7)
+        ax.vlines(x, read, written, color=colour)
+        ax.plot(x, read, marker, color=colour, mfc="white", label=f"{label} reads")
+        ax.plot(x, written, marker, color=colour, label=f"{label} writes")
+    ax.axhline(log_vocab, color=GREY, linewidth=0.8, linestyle=":", label="uniform")
     ax.set(ylabel="entropy (nats)", ylim=(0, 1.08 * log_vocab), xlabel="")
     figure.legend(ncols=4, loc="outside upper center")
     curve(below, 0, found["rms_layer"], LAYER)
     below.set_yscale("log", subs=(2, 5))
-    below.yaxis.set_major_formatter("{x:g}")
-    below.yaxis.set_minor_formatter("{x:g}")
+    below.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     below.set_ylabel("RMS($H^l$)")
     return figure
 
 
-REGIONS = {  # by the sign of dH
-    1: ("exploration, dH > 0", "#FBE7C6"),
-    0: ("integration, dH about 0", "#EEEEEE"),
-    -1: ("convergence, dH < 0", "#D3E6F5"),
-}
-
-
-def draw_change(found: dict, target: int | None, log_vocab: float):
-    """Entropy change by layer (Fig. 3), the target layer marked, each layer shaded by its region;
-    "about 0" is within 2 % of log V."""
-    panels = {"d_attn": (ATTENTION, "ATTN"), "d_mlp": (FFN, "FFN"), "d_layer": (LAYER, "Layer")}
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6), sharey=True)
-    for ax, (name, (colour, title)) in zip(axes, panels.items()):
-        for l, d in enumerate(found[name].mean(1), 1):
-            shade = REGIONS[int(np.sign(d)) if abs(d) > 0.02 * log_vocab else 0][1]
-            ax.axvspan(l - 0.5, l + 0.5, color=shade, linewidth=0)
+def draw_change(found: dict, target: int | None):
+    """Entropy change by layer (Fig. 3), the target layer marked."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.4), sharey=True)
+    panels = ("d_attn", "ATTN", ATTENTION), ("d_mlp", "FFN", FFN), ("d_layer", "Layer", LAYER)
+    for ax, (name, title, colour) in zip(axes, panels):
         ax.axhline(0, color="black", linewidth=0.6)
         curve(ax, 1, found[name], colour)
         ax.set_title(f"$dH_{{{title}}}$")
     if target is not None:
-        d = found["d_mlp"].mean(1)[target - 1]
+        d = found["d_mlp"][target - 1].mean()
         axes[1].plot(target, d, "k*", markersize=9, label=f"target layer, {target}")
         axes[1].legend(loc="upper right")
     axes[0].set_ylabel("entropy change (nats)")
-    names, colours = zip(*REGIONS.values())
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    figure.legend(patches, names, ncols=3, loc="outside upper center")
+    regions = "above 0: exploration    about 0: integration    below 0: convergence"
+    figure.suptitle(regions, size=8, color=GREY)
     return figure
 
 
-# ---- dynamics (Fig. 4, 5, 7) -------------------------------------------------------------------
-
-
-def dynamics(of: Subject, args):
-    """dynamics.png and refinement.png of a run; a dotted line where phase 2 begins."""
-    of.need_run("dynamics")
-    for name, panels in read_training(of).items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.2))
-        for ax, (title, points) in zip(axes, panels.items()):
-            lines = ax.plot(list(points), list(points.values()))
-            ax.set(title=title, xlabel="step")
-            if of.settings.s_inter:
-                ax.axvline(of.settings.s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
-            for l, line in enumerate(lines if len(lines) > 1 else ()):  # of layers 0..L
-                line.set_color(plt.cm.cividis(0.9 * l / len(lines)))
-                x, y = line.get_data()
-                ax.annotate(l or "emb.", (1.02 * x[-1], y[-1]), va="center", size=6)
-        save_figure(of.folder / name, figure, args.pdf)
-
-
-ALL_LAYERS = "cos($H^l$, $H^L$), all $l$"  # has a list for each step, the others one number
-
-
-def read_training(of: Subject) -> dict:
-    """What a run's metrics say of its training: {figure: {title: {step: value}}}. Raises ValueError
-    for a run without steps, and for damaged metrics."""
-    steps, evals, inside = (toy.read_metrics(of.run, kind) for kind in ("step", "eval", "internal"))
-    layer, n = target_policy(of).layer, str(of.settings.n)
-    if not steps:
-        raise ValueError(f"{of.run} has no steps of RL yet")
-
-    def points(records, value):
-        return {int(record["step"]): np.float64(value(record)) for record in records}
-
-    with toy.reading(of.run / "metrics.jsonl"):
-        return {
-            "dynamics": {
-                "training reward": points(steps, lambda r: r["reward"]),
-                f"held-out Avg@{toy.SAMPLES}, n = {n}": points(evals, lambda r: r["tiers"][n][AVG]),
-                "entropy (nats)": points(steps, lambda r: r["policy_entropy"]),
-                "length (tokens)": points(steps, lambda r: r["length"]),
-            },
-            "refinement": {
-                "cos($H^l$, $H^L$), target $l$": points(inside, lambda r: r["cos_layer"][layer]),
-                ALL_LAYERS: points(inside, lambda r: r["cos_layer"]),
-                "$dH_{Layer}$, target $l$": points(inside, lambda r: r["d_layer"][layer - 1]),
-                "perplexity": points(inside, lambda r: r["perplexity"]),
-            },
-        }
-
-
-AVG = f"avg@{toy.SAMPLES}"
-
-
-def target_policy(of: Subject) -> Policy:
-    """The policy of a run's phase 1. For GRPO the one that the paper's rule would take, or layer
-    L-1 where the rule names none."""
-    of.need_run("a command without --layer")
-    s = of.settings
-    if s.layer is not None:
-        return Policy(s.layer, s.site)
-    with toy.reading(of.run / "metrics.jsonl"):
-        d_mlp = [float(d) for d in toy.read_metrics(of.run, "internal")[0]["d_mlp"]]
-    try:
-        return Policy(minibupo.target_layer(d_mlp), s.site)
-    except ValueError:
-        return Policy(s.n_layer - 1)
-
-
-# ---- writes (Appendix B.2) ---------------------------------------------------------------------
-
-
-def writes(of: Subject, args):
+def writes(subject: Subject, args):
     """writes.png: the cosine of each module's write with the stream that it is added to, by layer.
     Above 0 it amplifies what is there, below 0 it suppresses it. Numbers are in entropy.json."""
-    found, _ = look(of, args)
+    found, _ = look(subject, args)
     figure, ax = plt.subplots(figsize=(WIDTH / 2, 2.4))
     ax.axhline(0, color="black", linewidth=0.6)
     curve(ax, 1, found["cos_attn"], ATTENTION, "attention")
     curve(ax, 1, found["cos_mlp"], FFN, "FFN")
     ax.set_ylabel("cos(write, stream)")
     ax.legend()
-    save_figure(of.folder / "writes", figure, args.pdf)
+    save_figure(subject.folder / "writes", figure, args.pdf)
 
 
-# ---- lens --------------------------------------------------------------------------------------
+# ---- dynamics (Fig. 4, 5, 7) -------------------------------------------------------------------
 
-VIEWS = ("raw", "normed")  # softmax(h E_u^T), and the logit lens, softmax(LN_f(h) E_u^T)
-PANELS = dict(zip(SITES, ("layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$")))
+ALL_LAYERS = "cos($H^l$, $H^L$), all $l$"  # has a list for each step, the others one number
+AVG = f"avg@{toy.SAMPLES}"
 
 
-def lens(of: Subject, args):
-    """lens.png of the chosen checkpoint, and lens.html of all, for a prompt and a response: --text,
-    or what the chosen checkpoint answers greedily."""
-    model = of.load(of.chosen)
-    args.prompt = args.prompt or example(of)
-    tokens, mask = looked_at(of, model, args)
-    words = [of.word(i) for i in tokens[0].tolist()]
+def dynamics(subject: Subject, args):
+    """dynamics.png and refinement.png of a run; a dotted line where phase 2 begins."""
+    s_inter = subject.settings.s_inter
+    for name, panels in read_training(subject).items():
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.2))
+        for ax, (title, points) in zip(axes, panels.items()):
+            x, y = list(points), np.array(list(points.values()))
+            if title == ALL_LAYERS:
+                ax.set_prop_cycle(color=plt.cm.cividis(np.linspace(0, 0.9, y.shape[1])))
+                for l, height in enumerate(y[-1]):
+                    ax.annotate(l or "emb.", (1.02 * x[-1], height), va="center", size=6)
+            ax.plot(x, y)
+            if s_inter:
+                ax.axvline(s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
+            ax.set(title=title, xlabel="step")
+        save_figure(subject.folder / name, figure, args.pdf)
+
+
+def read_training(subject: Subject) -> dict:
+    """What a run's metrics say of its training: {figure: {title: {step: value}}}. Raises ValueError
+    for a run without steps, and for damaged metrics."""
+    steps, tests, looks = (toy.read_metrics(subject.run, k) for k in ("step", "eval", "internal"))
+    n, layer = str(subject.settings.n), target_policy(subject).layer
+    if not steps:
+        raise ValueError(f"{subject.run} has no steps of RL yet")
+
+    def points(records, value):
+        return {int(record["step"]): np.float64(value(record)) for record in records}
+
+    with toy.reading(subject.run / "metrics.jsonl"):
+        training = {
+            "training reward": points(steps, lambda r: r["reward"]),
+            f"held-out Avg@{toy.SAMPLES}, n = {n}": points(tests, lambda r: r["tiers"][n][AVG]),
+            "entropy (nats)": points(steps, lambda r: r["policy_entropy"]),
+            "length (tokens)": points(steps, lambda r: r["length"]),
+        }
+        refinement = {
+            "cos($H^l$, $H^L$), target $l$": points(looks, lambda r: r["cos_layer"][layer]),
+            ALL_LAYERS: points(looks, lambda r: r["cos_layer"]),
+            "$dH_{Layer}$, target $l$": points(looks, lambda r: r["d_layer"][layer - 1]),
+            "perplexity": points(looks, lambda r: r["perplexity"]),
+        }
+    return {"dynamics": training, "refinement": refinement}
+
+
+def target_policy(subject: Subject) -> Policy:
+    """The policy of a run's phase 1. For GRPO, to compare it with BuPO, the one that the paper's
+    rule names, or that of the checkpoint where it names none."""
+    content = toy.load_checkpoint(subject.run / "ckpt.pt")[1]
+    with toy.reading(subject.run / "ckpt.pt"):
+        target = Policy(*content["target"])
+        d_mlp = toy.records_of(content["records"], "internal")[0]["d_mlp"]
+    if subject.settings.s_inter == 0:
+        with suppress(ValueError):
+            target = Policy(minibupo.target_layer(d_mlp))
+    return target
+
+
+# ---- lens, sample ------------------------------------------------------------------------------
+
+TITLES = ("layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$")  # of SITES
+
+
+def lens(subject: Subject, args):
+    """lens.png of the chosen checkpoint, and lens.html of all: what internal policies would say at
+    each position of a response."""
+    model = subject.load(subject.chosen)
+    tokens, mask = (x[:1] for x in looked_at(subject, model, args))  # of one text
     positions = mask[0].nonzero()[:, 0].tolist()
+    words = [subject.word(i) for i in tokens[0, : positions[-1] + 2].tolist()]  # up to its last
     read, said = [words[t] for t in positions], [words[t + 1] for t in positions]
-    cells = {name: lens_cells(of.load(name), tokens, mask, of.word) for name in of.checkpoints}
+    cells = {}
+    for name in subject.checkpoints:
+        cells[name] = lens_cells(subject.load(name), tokens, mask, subject.word)
     data = {"title": "".join(words), "read": read, "said": said, "checkpoints": cells}
     data["logV"] = math.log(model.vocab_size)
     # "<" as an escape, so that no token can end the script that the data stands in
-    data_text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
-    save_text(of.folder / "lens.html", page.replace("DATA", data_text))
-    save_figure(
-        of.folder / "lens", draw_lens(cells[of.chosen][args.view], said, data["logV"]), args.pdf
-    )
-
-
-def example(of: Subject) -> str:
-    """A prompt to look at: the first held-out problem of a run."""
-    of.need_run("a command without a prompt")
-    rng = toy.stream(of.settings.seed, "lens")
-    return toy.evaluation_problems(rng, of.settings.n, 1)[0] + "="
+    save_text(subject.folder / "lens.html", page.replace("DATA", text))
+    figure = draw_lens(cells[subject.chosen]["raw"], said, data["logV"])
+    save_figure(subject.folder / "lens", figure, args.pdf)
 
 
 @torch.no_grad()
 def lens_cells(model, tokens, mask, word) -> dict:
-    """What each internal policy would say: {view: {site: rows}} with a row for each layer, H^0
-    first in resid_post. A row has for each response position [entropy, [token, p], ..] of the five
-    likeliest tokens."""
-    cells = {view: {site: [] for site in SITES} for view in VIEWS}
+    """What each internal policy would say: {"raw" or "normed": {site: rows}}. A row is a layer, H^0
+    first in resid_post, and has for each response position [entropy, [token, p], ..] of the five
+    likeliest tokens. "normed" is the logit lens, softmax(LN_f(h) E_u^T)."""
 
-    def add(site, h):
-        for view, vectors in zip(VIEWS, (h, model.final_norm(h))):
-            logits = minibupo.at_least_float32(model.unembed(vectors))  # (M, V)
-            likeliest, row = logits.softmax(-1).topk(min(5, model.vocab_size)), []
-            for H, p, ids in zip(minibupo.entropy(logits), *likeliest):
-                top = zip(map(word, ids.tolist()), p.tolist())
-                row.append([round(float(H), 2), *([token, round(q, 4)] for token, q in top)])
-            cells[view][site].append(row)
+    def row(h):  # of vectors (M, d)
+        logits = minibupo.at_least_float32(model.unembed(h))
+        top_p, top_ids = logits.softmax(-1).topk(5)
+        cells = []
+        for H, ps, ids in zip(minibupo.entropy(logits), top_p.tolist(), top_ids.tolist()):
+            cells.append([round(float(H), 2), *([word(i), round(p, 4)] for i, p in zip(ids, ps))])
+        return cells
 
-    for l, trace in enumerate(model.trace(tokens[:, :-1]), 1):
-        if l == 1:
-            add("resid_post", trace.resid_pre[mask])  # H^0
-        for site in SITES:
-            add(site, getattr(trace, site)[mask])
-    return cells
+    traces = list(model.trace(tokens[:, :-1]))
+    layers = {site: [getattr(trace, site)[mask] for trace in traces] for site in SITES}
+    layers["resid_post"].insert(0, traces[0].resid_pre[mask])  # H^0
+    return {
+        "raw": {site: [row(h) for h in layers[site]] for site in SITES},
+        "normed": {site: [row(model.final_norm(h)) for h in layers[site]] for site in SITES},
+    }
 
 
 def draw_lens(cells: dict, said: list[str], log_vocab: float):
@@ -372,16 +317,16 @@ def draw_lens(cells: dict, said: list[str], log_vocab: float):
     L, M = len(cells["mlp_out"]), len(said)
     size = max(WIDTH, (0.4 if log_vocab < 4 else 0.55) * M + 1), 0.6 * L + 1.5
     figure, axes = plt.subplots(3, figsize=size, sharex=True, height_ratios=(L + 1, L, L))
-    for ax, (site, title) in zip(axes, PANELS.items()):
+    for ax, site, title in zip(axes, SITES, TITLES):
         rows = cells[site]
         H = np.array([[cell[0] for cell in row] for row in rows])
         image = ax.imshow(H, cmap="cividis", vmin=0, vmax=log_vocab, aspect="auto", origin="lower")
-        for i, m in np.ndindex(H.shape):
-            token = rows[i][m][1][0]
-            weight = "bold" if token == said[m] else "normal"
-            colour = "white" if H[i, m] < 0.55 * log_vocab else "black"
-            style = dict(ha="center", va="center", size=7, weight=weight, color=colour)
-            ax.text(m, i, token if len(token) < 8 else token[:6] + "…", parse_math=False, **style)
+        for (i, m), undecided in np.ndenumerate(H):
+            token, _ = rows[i][m][1]
+            style = dict(ha="center", va="center", size=7, parse_math=False)
+            style["weight"] = "bold" if token == said[m] else "normal"
+            style["color"] = "white" if undecided < 0.55 * log_vocab else "black"
+            ax.text(m, i, token if len(token) < 8 else token[:6] + "…", **style)
         ax.set_yticks(range(len(rows)), [l or "emb." for l in range(L + 1 - len(rows), L + 1)])
         ax.set(ylabel="layer", title=title)
         ax.tick_params(length=0)
@@ -391,55 +336,29 @@ def draw_lens(cells: dict, said: list[str], log_vocab: float):
     return figure
 
 
-# ---- sample ------------------------------------------------------------------------------------
-
-
-def sample(of: Subject, args):
+def sample(subject: Subject, args):
     """Print responses of an internal policy to a prompt, and its accuracy beside pi_theta's."""
-    model, prompt = of.load(of.chosen), args.prompt or example(of)
-    layer = args.layer or target_policy(of).layer
-    asked = torch.tensor([of.encode(prompt, "")[0]], device=model.device)
+    model, prompt = subject.load(subject.chosen), args.prompt or "7+5*3-2="
+    layer = target_policy(subject).layer if args.layer is None else args.layer
     policies = {f"layer {layer}": model.truncated(layer), "pi_theta": model}
-    options = dict(num_samples=args.count, eos_id=of.eos_id)
+    asked = torch.tensor([subject.encode(prompt, "")[0]], device=model.device)
+    options = dict(num_samples=args.count, eos_id=subject.eos_id)
     options["generator"] = toy.torch_stream(model.device, 0, "sample")
     for name, policy in policies.items():
-        print(f"responses of {name} ({of.chosen}) to {prompt}")
-        sampled = policy.generate(asked, of.limit, **options)
+        print(f"responses of {name} ({subject.chosen}) to {prompt}")
+        sampled = policy.generate(asked, subject.limit, **options)
         for row, end in zip(sampled.tokens.tolist(), sampled.end.tolist()):
-            print(f"  {of.decode(row[asked.shape[1] : end])!r}")
-    if of.run is None:
-        print("their accuracy takes a run of train_toy.py; this is a language model")
+            print(f"  {subject.decode(row[asked.shape[1] : end])!r}")
+    if subject.run is None:
         return
     print(f"{AVG} on 128 held-out problems of each length, in %:")
     for name, policy in policies.items():
-        results, _ = toy.evaluate(policy, of.settings, of.settings.tiers, 128)
-        print(
-            f"  {name:10}",
-            *(f"n = {n}: {100 * r[AVG]:5.1f}" for n, r in results.items()),
-            sep="   ",
-        )
+        results, _ = toy.evaluate(policy, subject.settings, subject.settings.tiers, 128)
+        columns = (f"   n = {n}: {100 * result[AVG]:5.1f}" for n, result in results.items())
+        print(f"  {name:10}", *columns, sep="")
 
 
 # ---- step --------------------------------------------------------------------------------------
-
-
-def step(of: Subject, args):
-    """step.txt: one update on one question, from the same weights in both phases, side by side."""
-    model, rows = of.load(of.chosen), []
-    target = Policy(args.layer) if args.layer else target_policy(of)
-    rollouts = one_question(of, model, args)
-    start, tokens = int(rollouts.prompt_len[0]), rollouts.tokens.tolist()
-    advantages = minibupo.group_advantages(rollouts.rewards)[0]
-    lines = [f"question {of.decode(tokens[0][:start])!r}\n", "reward  advantage   response"]
-    for row, end, R, A in zip(tokens, rollouts.end, rollouts.rewards[0], advantages):
-        lines.append(f"{R:6g}{A:+11.3f}   {''.join(map(of.word, row[start:end]))}")
-    rows = zip(*(one_step(of, model, rollouts, policy).items() for policy in (target, FULL)))
-    lines += ["", *(f"{label:30}{one:>44}{two:>44}" for (label, one), (_, two) in rows), WHY]
-    text = "\n".join(line.rstrip() for line in lines)
-    save_text(of.folder / "step.txt", text)
-    if args.command == "step":
-        print(text)
-
 
 WHY = """
 Before the step every ratio is 1. So the loss is only minus the mean advantage of the tokens, 0 if
@@ -448,94 +367,107 @@ token it is -advantage / tokens times the gradient of its log-probability. "none
 does not exist, and nothing moves these weights. E_u is lm_head.weight, or the embedding if tied."""
 
 
-def one_question(of: Subject, model, args) -> Rollouts:
-    """The question of a prompt, --responses and --rewards; or the first one of the run's first step
+def step(subject: Subject, args):
+    """step.txt: one update on one question, in each phase from the same weights, side by side."""
+    model = subject.load(subject.chosen)
+    target = target_policy(subject) if args.layer is None else Policy(args.layer)
+    rollouts = one_question(subject, model, args)
+    lr = subject.settings.lr if subject.settings else 1e-6  # the paper's, for a language model
+    numbers1, tokens1 = one_step(copy.deepcopy(model), rollouts, target, lr)
+    numbers2, tokens2 = one_step(copy.deepcopy(model), rollouts, FULL, lr)
+
+    words = [[subject.word(i) for i in row] for row in rollouts.tokens.tolist()]
+    starts, ends = rollouts.prompt_len.tolist(), rollouts.end.tolist()
+    advantages = minibupo.group_advantages(rollouts.rewards)[0]
+    lines = [f"question {''.join(words[0][: starts[0]])}", "", "reward  advantage   response"]
+    for i, (R, A) in enumerate(zip(rollouts.rewards[0], advantages)):
+        lines.append(f"{R:6g}{A:+11.3f}   {''.join(words[i][starts[i] : ends[i]])}")
+    lines.append("")
+    for label in numbers1:
+        lines.append(f"{label:35}{numbers1[label]:>26}{numbers2[label]:>26}".rstrip())
+    for i in (int(advantages.argmax()), int(advantages.argmin())):  # a best and a worst response
+        lines += ["", "token     advantage" + "    old log p  new log p     ratio  cut off" * 2]
+        for t in range(starts[i] - 1, ends[i] - 1):
+            lines.append(f"{words[i][t + 1]:10}{advantages[i]:+9.3f}{tokens1[i, t]}{tokens2[i, t]}")
+    text = "\n".join([*lines, WHY])
+    save_text(subject.folder / "step.txt", text)
+    if args.command == "step":
+        print(text)
+
+
+def one_question(subject: Subject, model, args) -> Rollouts:
+    """The question of --prompt, --responses and --rewards; or the first one of a run's first step
     whose responses, sampled from the model, are not all right or all wrong."""
-    if args.responses is None and args.rewards is None and args.prompt is None:
-        of.need_run("step without a prompt, --responses and --rewards")
-        batch = toy.rollouts(of.settings, model, step=1)
-        G, q = of.settings.group, int((batch.rewards.std(1) > 0).float().argmax())
+    if not (args.prompt or args.responses or args.rewards):
+        batch = toy.rollouts(subject.settings, model, step=1)
+        q, G = int((batch.rewards.std(1) > 0).float().argmax()), subject.settings.group
         return Rollouts(*(x[q * G : (q + 1) * G] for x in batch[:3]), batch.rewards[q : q + 1])
-    responses, rewards = args.responses or [], args.rewards or []
-    rows = [of.encode(args.prompt or "", response) for response in responses]
-    if not rows or len(rows) != len(rewards) or not all(0 < n < len(row) for row, n in rows):
-        raise ValueError("step takes a prompt, --responses, and as many --rewards, or none of them")
-    tokens, end = toy.padded([row for row, _ in rows], model.device, value=0)
-    prompt_len = torch.tensor([n for _, n in rows], device=model.device)
-    return Rollouts(tokens, prompt_len, end, torch.tensor([rewards], device=model.device))
+    if not (args.prompt and args.responses and len(args.responses) == len(args.rewards or [])):
+        raise ValueError("step takes a prompt, --responses and as many --rewards, or none of them")
+    rows, prompt_len = zip(*(subject.encode(args.prompt, text) for text in args.responses))
+    tokens, end = toy.padded(list(rows), model.device, value=0)
+    prompt_len = torch.tensor(prompt_len, device=model.device)
+    return Rollouts(tokens, prompt_len, end, torch.tensor([args.rewards], device=model.device))
 
 
-def one_step(of: Subject, model, rollouts: Rollouts, policy: Policy) -> dict[str, str]:
-    """minibupo.update of a copy of the model by one mini-batch, and all that it goes by, as text
-    {label: value}. Raises ValueError where all rewards are equal."""
-    model, options = copy.deepcopy(model), dict(average="token", temperature=1.0)
-    lr = of.settings.lr if of.settings else 1e-6  # the paper's, for a language model
-    optimizer, N = torch.optim.AdamW(model.parameters(), lr=lr), len(rollouts.tokens)
-    batch = minibupo.make_minibatches(model, rollouts, policy, 1, "grpo", chunk=N, **options)
-    [(chunks, normalizer)] = batch
-    if not chunks:
+def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict, dict]:
+    """minibupo.update by one mini-batch, and all that it goes by, as text: {label: value} for the
+    step, {(i, t): columns} for tokens[i, t + 1]. Raises ValueError where all rewards are equal."""
+    tokens, prompt_len, end, rewards = rollouts
+    mask = response_mask(prompt_len, end, tokens.shape[1])
+    advantages = minibupo.group_advantages(rewards)[0].to(tokens.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    old = minibupo.token_logprobs(model, tokens, mask, policy).detach()
+    # no clipping, to see the true norms; AdamW's first step is the same for a scaled gradient
+    log = minibupo.update(model, optimizer, rollouts, policy, minibatches=1, max_grad_norm=math.inf)
+    if log["optimizer_steps"] == 0:
         raise ValueError("all rewards are equal: no response has an advantage, nothing is learned")
-    [(tokens, old, advantages, mask)] = chunks
-    before = minibupo.token_logprobs(model, tokens, mask, policy).detach()
-    loss, _ = minibupo.add_gradient(model, chunks, policy, normalizer=normalizer, **options)
-    norms = gradient_norms(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    new = minibupo.token_logprobs(model, tokens, mask, policy).detach()
-    after, _ = minibupo.surrogate(new, old, advantages, mask, normalizer=normalizer)
+    new = minibupo.token_logprobs(model, tokens, mask, policy).detach().requires_grad_()
 
-    phase = (
-        "phase 2: pi_theta" if policy == FULL else f"phase 1: {policy.site}, layer {policy.layer}"
-    )
-    text = {"": phase}
-    for when, logp, value in (("before", before, loss), ("after", new, after)):
-        ratio = (logp - old)[mask].exp()
-        text[f"ratios {when} the step"] = f"{ratio.min():.6f} .. {ratio.max():.4g}"
-        text[f"loss {when} the step"] = f"{value:.5f}"
-    text["\ngradient norm of"] = ""
-    text |= {f"  {part}": "none" if x is None else f"{x:.4f}" for part, x in norms.items()}
-    text["\nrow     token      advantage"] = "old log p  new log p     ratio cut off"
-    order = advantages.argsort().tolist()
-    for i in dict.fromkeys(order[-2:] + order[:2]):  # two of the best responses, two of the worst
-        for t in mask[i].nonzero()[:, 0].tolist():
-            one = (slice(i, i + 1), slice(t, t + 1))  # this token as a batch of its own
-            _, cut = minibupo.surrogate(new[one], old[one], advantages[i : i + 1], mask[one])
-            label = f"{i:3}.{t:<5}{of.word(int(tokens[i, t + 1])):10}{advantages[i]:+8.3f}"
-            p, q = new[i, t], old[i, t]
-            text[label] = f"{q:9.4f}{p:11.4f}{(p - q).exp():10.3g}{'yes' if cut else '':>8}"
-    return text
+    phase = f"1: {policy.site}, layer {policy.layer}" if policy.layer else "2: pi_theta"
+    numbers = {"": f"phase {phase}"}
+    for when, logp in (("before", old), ("after", new)):
+        loss, cut_off = minibupo.surrogate(logp, old, advantages, mask)
+        ratio = (logp - old).exp()
+        numbers[f"loss {when} the step"] = f"{loss:.5f}"
+        numbers[f"ratios {when} the step"] = f"{ratio[mask].min():.3g} .. {ratio[mask].max():.3g}"
+        numbers[f"tokens cut off {when} the step"] = f"{cut_off} of {mask.sum()}"
+    numbers["gradient norm of"] = ""
+    for part, norm in gradient_norms(model).items():
+        numbers[f"  {part}"] = "none" if norm is None else f"{norm:.4f}"
+    [gradient] = torch.autograd.grad(loss, new)  # 0 where the clip has taken it away
+    columns = {}
+    for i, t in mask.nonzero().tolist():
+        cut = "yes" if gradient[i, t] == 0 else "no"
+        columns[i, t] = f"{old[i, t]:13.4f}{new[i, t]:11.4f}{ratio[i, t]:10.3g}{cut:>9}"
+    return numbers, columns
 
 
 def gradient_norms(model) -> dict[str, float | None]:
     """The norm of the gradient by layer, and of each parameter outside the layers; None where there
     is no gradient."""
-    squares = {}
+    norms = {}
     for name, parameter in model.named_parameters():
         number = re.search(r"\.(\d+)\.", name)  # of the layer, from 0
-        of_part = squares.setdefault(f"layer {int(number[1]) + 1}" if number else name, [])
-        of_part += [] if parameter.grad is None else [float(parameter.grad.norm()) ** 2]
-    return {part: sum(found) ** 0.5 if found else None for part, found in squares.items()}
+        part = f"layer {int(number[1]) + 1}" if number else name
+        norms.setdefault(part, None)
+        if parameter.grad is not None:
+            norms[part] = math.hypot(norms[part] or 0.0, parameter.grad.norm())
+    return norms
 
 
 # ---- housekeeping: all of a run, files, the command line ---------------------------------------
 
 
-def everything(of: Subject, args):
-    """All that a run has data for: of its base in out, of the trained model in out/final."""
-    of.need_run("everything at once")
-    folder = of.folder
-    if "final" in of.checkpoints and toy.read_metrics(of.run, "step"):
-        dynamics(of, args)
-        step(of, args)
-    else:
-        print(f"{of.run} has no steps of RL: what they change is left out")
-    for of.chosen, of.folder in (("base", folder), ("final", folder / "final")):
-        if of.chosen in of.checkpoints:
-            entropy(of, args)
-            writes(of, args)
-    if of.checkpoints:
-        of.chosen, of.folder = of.checkpoints[-1], folder
-        lens(of, args)
+def everything(subject: Subject, args):
+    """All of a run but samples: of its base in `folder`, of the trained model in folder/final."""
+    trained = replace(subject, chosen="final")
+    for each in (subject, replace(trained, folder=subject.folder / "final")):
+        entropy(each, args)
+        writes(each, args)
+    lens(trained, args)
+    dynamics(subject, args)
+    step(subject, args)
 
 
 STYLE = [  # matplotlib's own, then what we change
@@ -558,9 +490,9 @@ def curve(ax, first: int, values, colour, label=None):
 
 
 def save_text(path: Path, text: str):
-    """Write a text file, whole or not at all, and say so."""
+    """Write a text file, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    toy.write_text(path, text)
+    path.write_text(text, encoding="utf-8")
     print(f"wrote {path}")
 
 
@@ -568,16 +500,15 @@ def save_figure(path: Path, figure, pdf=False):
     """Write a figure as path.png, and as path.pdf if wanted, say so, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf") if pdf else ("png",):
-        write = partial(figure.savefig, format=kind)
-        toy.write_atomically(path.with_name(f"{path.name}.{kind}"), write)
+        figure.savefig(f"{path}.{kind}")
         print(f"wrote {path}.{kind}")
     plt.close(figure)
 
 
-COMMANDS = dict(all=everything, entropy=entropy, dynamics=dynamics, writes=writes, lens=lens)
-COMMANDS |= dict(sample=sample, step=step)
+COMMANDS = {"all": everything, "entropy": entropy, "dynamics": dynamics, "writes": writes}
+COMMANDS |= {"lens": lens, "sample": sample, "step": step}
 OPTIONS = {  # that not every command has
-    **{"entropy": "prompt text", "writes": "prompt text", "lens": "prompt text view"},
+    **{"entropy": "prompt text", "writes": "prompt text", "lens": "prompt text"},
     **{"sample": "prompt layer count", "step": "prompt layer responses rewards"},
 }
 
@@ -589,24 +520,22 @@ def parse_arguments(argv) -> argparse.Namespace:
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("run", metavar="RUN", help="directory of a run, or a language model")
-    add("prompt", metavar="PROMPT", nargs="?", default=argparse.SUPPRESS, help="such as 7+5*3-2=")
-    add("--prompt", help="the same")
+    add("--prompt", help="such as 7+5*3-2=")
+    add("prompt", metavar="PROMPT", nargs="?", default=argparse.SUPPRESS, help="the same")
     add("--text", help="look at this response (default: the model's own)")
-    add("--checkpoint", help="of a run: base, phase1, final, or a file (default: base or final)")
-    add("--view", choices=VIEWS, default="raw", help="lens.png: without or with the final norm")
     add("--layer", type=int, help="of sample and step, 1..L (default: that of phase 1)")
     add("--count", type=int, default=4, help="responses that sample prints")
     add("--responses", nargs="+", help="of step: a group of responses to the prompt")
     add("--rewards", nargs="+", type=float, help="of step: their rewards")
+    add("--checkpoint", help="of a run: base, phase1, final, or a file (default: base or final)")
     add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
     add("--pdf", action="store_true", help="write figures as PDF, too")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    types = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=types, default="float32", help="of a language model")
+    add("--dtype", default="float32", help="of a language model: float32, bfloat16, float16")
     argv = list(sys.argv[1:] if argv is None else argv)
     is_run = argv and argv[0] not in COMMANDS and not argv[0].startswith("-")
     args = parser.parse_intermixed_args(["all", *argv] if is_run else argv)
-    for name in ("prompt", "text", "view", "layer", "count", "responses", "rewards"):
+    for name in ("prompt", "text", "layer", "count", "responses", "rewards"):
         given = getattr(args, name) not in (None, parser.get_default(name))
         if given and name not in OPTIONS.get(args.command, ""):
             parser.error(f"{args.command} has no {name}")
@@ -616,17 +545,20 @@ def parse_arguments(argv) -> argparse.Namespace:
 def read_subject(args) -> Subject:
     """The run or language model that a command is about. Raises ValueError for neither."""
     path = Path(args.run)
-    of_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.run) and not path.parent.exists()
-    if path.is_file() or of_the_hub or list(path.glob("*.safetensors")):
-        of = read_language_model(args.run, args.dtype, args.device)
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.run) and not path.parent.exists()
+    if path.is_file() or on_the_hub or list(path.glob("*.safetensors")):
+        # what a run has of its own: problems, steps, the layer of phase 1
+        if args.prompt is None or (args.layer is None and args.command in ("sample", "step")):
+            raise ValueError("a language model needs a prompt, and --layer to sample or step")
+        subject = read_language_model(args.run, args.dtype, args.device)
     elif path.is_dir():
         default = "final" if args.command in ("lens", "sample") else "base"
-        of = read_run(path, args.checkpoint or default, args.device)
+        subject = read_run(path, args.checkpoint or default, args.device)
     else:
-        raise ValueError(f"{args.run!r} is neither a run nor one of {', '.join(COMMANDS)}")
+        raise ValueError(f"{args.run} is neither a run nor a language model nor a command")
     # the figures of a --checkpoint go into a folder of its name
-    of.folder = args.out or of.folder / Path(args.checkpoint or "").stem
-    return of
+    subject.folder = args.out or subject.folder / Path(args.checkpoint or "").stem
+    return subject
 
 
 def main(argv=None) -> int:
@@ -636,7 +568,7 @@ def main(argv=None) -> int:
         with plt.style.context(STYLE):
             COMMANDS[args.command](read_subject(args), args)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
 
