@@ -493,6 +493,6 @@ CANNOT_BE = [
 
 @pytest.mark.parametrize("call", CANNOT_BE)
 def test_what_cannot_be_is_refused_in_a_sentence(call):
-    named = "layer|site|advantage|rewards|average|minibatches|s_inter|positions|samples"
+    named = "layer|site|advantage|rewards|average|minibatches|s_inter|positions|k <= n"
     with pytest.raises(ValueError, match=named):
         call(tiny())
