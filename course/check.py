@@ -70,6 +70,8 @@ def main(argv=None) -> int:
     parser.add_argument("--hint", type=int, nargs="?", const=1, metavar="N", help="hints 1..N")
     parser.add_argument("--in", dest="folder", type=Path, default=COURSE / "exercises")
     options = parser.parse_args(argv)
+    if options.hint is not None and (options.number is None or options.hint < 1):
+        parser.error("--hint goes with an exercise, and counts from 1: 4 --hint 2")
     torch.set_num_threads(1)  # models this small only lose by a second thread
     if options.number is None:
         list_all(options.folder)

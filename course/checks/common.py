@@ -154,9 +154,10 @@ def kind(x) -> str:
 def check_form(name, outcome, wanted):
     """Raise Wrong for another type, shape or dtype than the right outcome has."""
     if isinstance(wanted, type):
-        raise Wrong(
-            "no error", f"{name} gives {show(outcome)} where it should raise {show(wanted)}"
+        does = (
+            f"raises {outcome.__name__}" if isinstance(outcome, type) else f"gives {show(outcome)}"
         )
+        raise Wrong("no error", f"{name} {does} where it should raise {wanted.__name__}")
     is_tensor = isinstance(outcome, torch.Tensor)
     if isinstance(wanted, torch.Tensor):
         if not is_tensor:
@@ -209,13 +210,15 @@ class Answer:
         spec = importlib.util.spec_from_file_location(f"answer_{self.path.stem}", self.path)
         linecache.checkcache(str(self.path))  # the file may have changed
         self.module = importlib.util.module_from_spec(spec)
-        self.guarded("being loaded", 20, spec.loader.exec_module, self.module)
+        self.guarded("being loaded", 60, spec.loader.exec_module, self.module)
 
     def function(self, name: str):
-        """A function of the file. Raises Wrong if there is none."""
+        """A function of the file. Raises Wrong if there is none, or one that is not Python's."""
         function = getattr(self.module, name, None)
-        if not callable(function):
-            raise Wrong("no function", f"{self.path.name} has no function {name}")
+        try:
+            inspect.signature(function)
+        except (TypeError, ValueError):
+            raise Wrong("no function", f"{self.path.name} has no function {name}") from None
         return function
 
     def guarded(self, doing: str, seconds: float, do, *args, error=False) -> Any:

@@ -208,7 +208,14 @@ def check(answer, quick=False):
     words = f"{STEPS} steps on a small model, {S_INTER} of them at layer 1: all weights by step"
     answer.function("improve")
     check_function(
-        answer, "bupo", [Case(words, ())], reference(), CONFUSIONS, train_small, compare=compare
+        answer,
+        "bupo",
+        [Case(words, ())],
+        reference(),
+        CONFUSIONS,
+        train_small,
+        compare=compare,
+        seconds=120,
     )
     if not quick:
         before, after = run(answer)

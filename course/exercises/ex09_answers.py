@@ -3,8 +3,7 @@
 1. accuracies(model, problems, samples): the shares of right answers of pi_Layer^1, .., pi_Layer^L,
    and last of pi_theta, all at temperature 1: a list of L + 1 numbers in 0..1.
    model.truncated(l) is pi_Layer^l as a model of its own; train_toy.respond samples (with
-   `settings`), responses gives texts, is_right judges. Predict the order before you look:
-       python course/check.py 9 shows it, once your numbers are right.
+   `settings`), responses gives texts, is_right judges. Predict the order before you look.
 2. pi_Layer^L comes out far above pi_theta, though both read the same H^L. Why? Look for it:
    matching_temperature(model, tokens, mask): the T at which pi_theta = softmax(logits / T) has the
    same mean entropy, over the positions of mask, as pi_Layer^L has at temperature 1.

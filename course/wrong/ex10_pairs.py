@@ -54,6 +54,10 @@ def not_a_generator(model, optimizer, sample, steps):
         minibupo.update(model, optimizer, sample(step))
 
 
+def stopped(model, optimizer, sample, steps):
+    yield from minibupo.bupo(model, optimizer, sample, Policy(model.n_layer + 1), 3, steps)
+
+
 def grpo_again(model, optimizer, sample, steps):
     for step in range(1, steps + 1):
         yield minibupo.update(model, optimizer, sample(step))
@@ -86,6 +90,7 @@ WRONG = [
     ("interval", whole, "whole width"),
     ("interval", bounds, "bounds"),
     ("variant", not_a_generator, "no generator"),
+    ("variant", stopped, "exception"),
     ("variant", grpo_again, "no variant"),
     ("variant", phases_from_1, "steps"),
     ("variant", no_training, "no training"),
