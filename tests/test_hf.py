@@ -57,8 +57,9 @@ REFUSED = {  # model, changes, what is said
     "softcap": ("Gemma2", dict(head_dim=8), "H\\^L gives other logits"),
     "mild softcap": ("Gemma2", dict(head_dim=8, final_logit_softcapping=3e2), "scaled or capped"),
     "logit scale": ("Granite", dict(logits_scaling=3.0), "H\\^L gives other logits"),
-    "scaled writes": ("Granite", dict(residual_multiplier=0.3), "writes of layer 1 do not add up"),
-    "parallel blocks": ("GPTNeoX", dict(), "writes of layer 1 do not add up"),
+    "scaled writes": ("Granite", dict(residual_multiplier=0.3), "attention of layer 1 adds"),
+    "scaled block": ("Llama", dict(), "the FFN of layer 2 adds"),
+    "parallel blocks": ("GPTNeoX", dict(), "attention of layer 1 adds"),
     "no FFN": ("OPT", dict(ffn_dim=40, word_embed_proj_dim=32), "no attention and FFN by name"),
     "encoder": ("T5", dict(), "no decoder-only language model"),
 }
@@ -118,8 +119,12 @@ def test_contract(family):
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_would_come_out_wrong_are_refused(case):
     family, changes, says = REFUSED[case]
+    lm = build(family, **changes)
+    if case == "scaled block":
+        forward = lm.model.layers[1].forward
+        lm.model.layers[1].forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
     with pytest.raises(ValueError, match=says):
-        HFModel(build(family, **changes))
+        HFModel(lm)
 
 
 def test_truncated_restores_after_an_error_and_checks_its_layer():
