@@ -75,9 +75,7 @@ class BuPOTrainer(GRPOTrainer):
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
         # FSDP may load weights in one process alone; DeepSpeed may have them in pieces already
         if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
-            training = lm.training
             HFModel(lm)
-            lm.train(training)
 
     def _generate_and_score_completions(self, inputs):
         # The phase is settled where rollouts are made, and holds for all steps on them. So old and

@@ -553,7 +553,8 @@ def one_of_two(argv):
     trainer, config = hf.train.make_trainer(argv)
     trainer.train()
     rank, rows = trainer.accelerator.process_index, random_tokens(B=4)
-    ddp = (trainer.layer, trainer.accelerator.num_processes, weights(trainer))
+    rule = (trainer.layer, logged(trainer, "bupo/d_mlp"))
+    ddp = (rule, trainer.accelerator.num_processes, weights(trainer))
     alone, sharded = build(**TIED), build(**TIED)
     for module in (*sharded.model.layers, sharded):
         fully_shard(module)
@@ -577,8 +578,8 @@ def test_two_processes(directory, tmp_path):
     run = subprocess.run(words, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     zero, one = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))
-    (layer, n, ddp), fsdp, alone = zero
-    assert n == 2 and layer == one[0][0] and 1 <= layer < 3
+    (rule, n, ddp), fsdp, alone = zero
+    assert n == 2 and rule == one[0][0] and 1 <= rule[0] < 3
     start = dict(load(directory)[0].lm.named_parameters())
     assert not differ(ddp, one[0][2]) and len(differ(start, ddp)) == len(start)
     for name, weight in alone.items():
