@@ -183,7 +183,7 @@ def tokenizer():
     ids = {c: i for i, c in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n"])}
     characters = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    options = dict(eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    options = dict(eos_token="<eos>", pad_token="<pad>")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **options)
 
 
