@@ -24,7 +24,7 @@ import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig, GRPOTrainer
 
@@ -200,8 +200,10 @@ def test_load_a_directory_and_encode(directory):
     model, tokenizer = load(directory)
     assert torch.equal(model(random_tokens()), build(**TIED).eval()(random_tokens()).logits)
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
-    assert encode_chat(tokenizer, "1+1=", "2") == ([3, 12, 3, 15, 4], 4)
-    assert encode_text(tokenizer, "12<eos>") == [3, 4]
+    both = processors.TemplateProcessing("<eos> $A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = both
+    assert encode_chat(tokenizer, "1+1=", "2") == ([1, 3, 12, 3, 15, 4], 5)
+    assert encode_text(tokenizer, "12") == [1, 3, 4]
     turns = "{% for m in messages %}={{ m.content }}{% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}-{% endif %}"
     assert encode_chat(tokenizer, "1", "-2") == ([15, 3, 13, 13, 4], 3)  # the border stays
