@@ -185,9 +185,9 @@ class HFModel(GPT):
         h = self.residual(tokens, 0)
         for l, trace in enumerate(self.trace(tokens), 1):
             self._require(h, trace.resid_pre, f"layer {l} does not read H^{l - 1}")
-            what = f"the writes of layer {l} do not add up"
-            self._require(trace.resid_pre + trace.attn_out, trace.resid_mid, what)
-            self._require(trace.resid_mid + trace.mlp_out, trace.resid_post, what)
+            mid, post = trace.resid_pre + trace.attn_out, trace.resid_mid + trace.mlp_out
+            self._require(mid, trace.resid_mid, f"attention of layer {l} adds something else")
+            self._require(post, trace.resid_post, f"the FFN of layer {l} adds something else")
             h = self.residual(tokens, l)
             self._require(h, trace.resid_post, f"layer {l} on its own gives another H^{l}")
         self._require(self(tokens), self.unembed(self.final_norm(h)), "H^L gives other logits")

@@ -70,11 +70,12 @@ class BuPOTrainer(GRPOTrainer):
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
+        if self.is_deepspeed_enabled and self.args.weight_decay:
+            # DeepSpeed gives weights without a gradient one of 0
+            raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
         # FSDP may load weights in one process alone; DeepSpeed may have them in pieces already
         if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
-            training = lm.training
             HFModel(lm)
-            lm.train(training)
 
     def _generate_and_score_completions(self, inputs):
         # The phase is settled where rollouts are made, and holds for all steps on them. So old and

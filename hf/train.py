@@ -107,9 +107,6 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
     lm, tokenizer = load_lm(model.model_name_or_path, model.dtype or "float32")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     trainer = BuPOTrainer(
         model=lm,
         args=config,

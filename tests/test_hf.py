@@ -24,7 +24,7 @@ import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig, GRPOTrainer
 
@@ -57,8 +57,9 @@ REFUSED = {  # model, changes, what is said
     "softcap": ("Gemma2", dict(head_dim=8), "H\\^L gives other logits"),
     "mild softcap": ("Gemma2", dict(head_dim=8, final_logit_softcapping=3e2), "scaled or capped"),
     "logit scale": ("Granite", dict(logits_scaling=3.0), "H\\^L gives other logits"),
-    "scaled writes": ("Granite", dict(residual_multiplier=0.3), "writes of layer 1 do not add up"),
-    "parallel blocks": ("GPTNeoX", dict(), "writes of layer 1 do not add up"),
+    "scaled writes": ("Granite", dict(residual_multiplier=0.3), "attention of layer 1 adds"),
+    "scaled block": ("Llama", dict(), "the FFN of layer 2 adds"),
+    "parallel blocks": ("GPTNeoX", dict(), "attention of layer 1 adds"),
     "no FFN": ("OPT", dict(ffn_dim=40, word_embed_proj_dim=32), "no attention and FFN by name"),
     "encoder": ("T5", dict(), "no decoder-only language model"),
 }
@@ -118,8 +119,12 @@ def test_contract(family):
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_would_come_out_wrong_are_refused(case):
     family, changes, says = REFUSED[case]
+    lm = build(family, **changes)
+    if case == "scaled block":
+        forward = lm.model.layers[1].forward
+        lm.model.layers[1].forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
     with pytest.raises(ValueError, match=says):
-        HFModel(build(family, **changes))
+        HFModel(lm)
 
 
 def test_truncated_restores_after_an_error_and_checks_its_layer():
@@ -178,7 +183,7 @@ def tokenizer():
     ids = {c: i for i, c in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n"])}
     characters = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    options = dict(eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    options = dict(eos_token="<eos>", pad_token="<pad>")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **options)
 
 
@@ -195,8 +200,10 @@ def test_load_a_directory_and_encode(directory):
     model, tokenizer = load(directory)
     assert torch.equal(model(random_tokens()), build(**TIED).eval()(random_tokens()).logits)
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
-    assert encode_chat(tokenizer, "1+1=", "2") == ([3, 12, 3, 15, 4], 4)
-    assert encode_text(tokenizer, "12<eos>") == [3, 4]
+    both = processors.TemplateProcessing("<eos> $A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = both
+    assert encode_chat(tokenizer, "1+1=", "2") == ([1, 3, 12, 3, 15, 4], 5)
+    assert encode_text(tokenizer, "12") == [1, 3, 4]
     turns = "{% for m in messages %}={{ m.content }}{% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}-{% endif %}"
     assert encode_chat(tokenizer, "1", "-2") == ([15, 3, 13, 13, 4], 3)  # the border stays
@@ -548,7 +555,8 @@ def one_of_two(argv):
     trainer, config = hf.train.make_trainer(argv)
     trainer.train()
     rank, rows = trainer.accelerator.process_index, random_tokens(B=4)
-    ddp = (trainer.layer, trainer.accelerator.num_processes, weights(trainer))
+    rule = (trainer.layer, logged(trainer, "bupo/d_mlp"))
+    ddp = (rule, trainer.accelerator.num_processes, weights(trainer))
     alone, sharded = build(**TIED), build(**TIED)
     for module in (*sharded.model.layers, sharded):
         fully_shard(module)
@@ -572,8 +580,8 @@ def test_two_processes(directory, tmp_path):
     run = subprocess.run(words, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     zero, one = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))
-    (layer, n, ddp), fsdp, alone = zero
-    assert n == 2 and layer == one[0][0] and 1 <= layer < 3
+    (rule, n, ddp), fsdp, alone = zero
+    assert n == 2 and rule == one[0][0] and 1 <= rule[0] < 3
     start = dict(load(directory)[0].lm.named_parameters())
     assert not differ(ddp, one[0][2]) and len(differ(start, ddp)) == len(start)
     for name, weight in alone.items():
