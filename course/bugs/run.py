@@ -169,10 +169,10 @@ def passes(true: list) -> bool:
 def verdict(lines: list[dict]) -> str:
     """k of N, in one sentence."""
     true = [final(lines, bug.name)[1] for bug in BUGS]
-    run = [values for values in true if len(values) == len(SEEDS)]
-    missing = len(BUGS) - len(run)
-    rest = f" (still to be trained: {missing})" if missing else ""
-    return f"{sum(map(passes, run))} of {len(run)} bugs still pass {PASS:.0%}{rest}"
+    passed = sum(passes(values) for values in true if values)
+    missing = len(BUGS) * len(SEEDS) - sum(map(len, true))
+    rest = f" (so far: {missing} runs are missing)" if missing else ""
+    return f"{passed} of {len(BUGS)} bugs still pass {PASS:.0%}{rest}"
 
 
 HEAD = """# Key to the museum
