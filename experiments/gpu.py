@@ -1,0 +1,322 @@
+"""One command for a GPU: does everything run there, what does it cost, what would make it faster?
+
+    python experiments/gpu.py                          # all parts, in under ten minutes
+    python experiments/gpu.py --part step              # this part alone
+    python experiments/gpu.py --device cpu --quick     # tiny sizes: only that it runs
+
+    main       the main job of train_toy.py, from nothing to its final table
+    agreement  the same numbers as on the CPU: logits, entropies, greedy samples, gradients
+    resume     a run twice, and stopped and resumed: how far are the weights apart?
+    step       seconds of a step by part, tokens a second, share of the device's peak
+    graph      sampling by one CUDA graph a token, with a cache of fixed size
+    large      a step of the larger setting (LARGE), its memory on paper and as measured
+    analyze    every command of analyze.py, on the run of `main`
+    trl        the same step by TRL's GRPOTrainer (needs the extra `bench`)
+    bfloat16   a step of the larger setting under autocast, rescoring included
+
+Parts are in order of worth. None starts once --minutes are over, and one that fails does not stop
+the rest. After each, all that is known is written to --json. Nothing is fetched from a network.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import analyze  # noqa: E402
+import minibupo  # noqa: E402
+import train_toy as toy  # noqa: E402
+from experiments import bench  # noqa: E402
+from experiments.cuda_graph import Decoder, captured  # noqa: E402
+from minibupo import FULL, Policy, response_mask  # noqa: E402
+
+BASE = ROOT / "course" / "base.pt"
+LARGE = dict(n=9, n_layer=12, d_model=384)  # 23 million parameters
+TINY = dict(n=3, n_layer=2, d_model=32, questions=4, group=4)
+SHORT = f"--base {BASE} --questions 8 --eval_problems 16 --threads 1".split()
+
+
+def seconds(o, f) -> float:
+    """Median seconds of five calls, after one that does not count."""
+    times = []
+    for _ in range(2 if o.quick else 6):
+        o.wait()
+        started = time.perf_counter()
+        f()
+        o.wait()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def apart(a, b) -> float:
+    """The largest difference of tensors, over the largest number."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+# ---- does it run, and is it right? -------------------------------------------------------------
+
+
+def run_toy(o, name: str, *options: str) -> Path:
+    """Run train_toy.py into a directory of this name."""
+    argv = [*options, "--device", o.device.type, "--out_dir", str(o.work / name)]
+    if code := toy.main(argv):
+        raise RuntimeError(f"train_toy.py {' '.join(argv)} ended with {code}")
+    return o.work / name
+
+
+def main_job(o) -> dict:
+    started = time.perf_counter()
+    quick = [*SHORT, *"--steps 2 --s_inter 1 --layer 2".split()]
+    out = run_toy(o, "main", *(quick if o.quick else []))
+    found = {"seconds, all of it": time.perf_counter() - started}
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for phase in ("internal", "policy"):
+        times = [r["seconds"] for r in records if r.get("phase") == phase]
+        found[f"seconds a step, {phase}"] = statistics.median(times)
+    first, *_, last = (r["tiers"] for r in records if r["kind"] == "eval")
+    for n in first:
+        found[f"Avg@8, n = {n}"] = f"{first[n]['avg@8']:.3f} -> {last[n]['avg@8']:.3f}"
+    return found
+
+
+def agreement(o) -> dict:
+    """Of course/base.pt; differences are relative to the largest number."""
+    models = toy.load_model(BASE, o.device), toy.load_model(BASE)
+    tokens, mask = toy.own_solutions(models[1], toy.Settings(), 8)
+    advantages = torch.linspace(-1, 1, len(tokens))
+
+    def both(f):
+        return [f(m, tokens.to(m.device), mask.to(m.device)) for m in models]
+
+    def gradients(policy, m, tokens, mask):
+        old = minibupo.token_logprobs(m, tokens, mask, policy).detach()
+        loss = minibupo.policy_loss(m, tokens, old, advantages.to(m.device), mask, policy)[0]
+        return torch.autograd.grad(loss, list(m.parameters()), materialize_grads=True)
+
+    found = {"logits": apart(*both(lambda m, tokens, _: m(tokens)))}
+    there, here = both(minibupo.look_inside)
+    found["look_inside"] = max(apart(there[name], here[name]) for name in here)
+    there, here = both(lambda m, tokens, _: m.generate(tokens[:, :6], 20, temperature=0).tokens)
+    found["greedy samples, share of equal tokens"] = float((there.cpu() == here).float().mean())
+    for policy in (FULL, Policy(3), Policy(3, "attn_out"), Policy(3, "mlp_out")):
+        pairs = zip(*both(partial(gradients, policy)))
+        found[f"gradients, {tuple(policy)}"] = max(apart(*pair) for pair in pairs)
+    return found
+
+
+def resume(o) -> dict:
+    """Relative difference of the weights after 6 steps, 3 of them phase 1."""
+    options = [*SHORT, "--s_inter", "3", "--layer", "3"]
+    for name in ("whole", "again"):
+        run_toy(o, name, *options, "--steps", "6")
+    run_toy(o, "stopped", *options, "--steps", "3")
+    run_toy(o, "stopped", "--resume", "--steps", "6")
+    names = ("whole", "again", "stopped")
+    whole, *rest = (toy.load_model(o.work / name / "ckpt.pt").state_dict() for name in names)
+    twice, stopped = (max(apart(w[key], whole[key]) for key in whole) for w in rest)
+    return {"the same run twice": twice, "stopped and resumed": stopped}
+
+
+def analyze_commands(o) -> dict:
+    """Seconds of each command on the run of `main`, which is made if it is not there."""
+    run, found = o.work / "main", {}
+    if not run.exists():
+        main_job(o)
+    for command in ("sample", "step") if o.quick else analyze.COMMANDS:
+        prompt = ["7+5*3-2="] if command in ("lens", "sample") else []
+        argv, started = [command, str(run), *prompt, "--device", o.device.type], time.perf_counter()
+        if code := analyze.main(argv):
+            raise RuntimeError(f"analyze.py {' '.join(argv)} ended with {code}")
+        found[f"seconds, {command}"] = time.perf_counter() - started
+    return found
+
+
+# ---- how fast is it? ---------------------------------------------------------------------------
+
+
+def setting(o, **sizes):
+    """Settings, a model with random weights, and what model.generate needs for a step's prompts."""
+    s = toy.Settings(**(TINY if o.quick else sizes))
+    model = bench.random_model(s.model_config()).to(o.device)
+    problems = toy.draw_questions(toy.stream(0, "questions", 1), s.questions, s.n)
+    prompts, lengths = toy.padded([toy.encode(p + "=") for p in problems], o.device)
+    more = dict(prompt_len=lengths, num_samples=s.group, pad_id=toy.PAD)
+    return s, model, dict(prompt=prompts, max_new_tokens=s.response_limit, **more)
+
+
+def gemm_rate(o) -> float:
+    """FLOP/s of a product of square matrices."""
+    size = 256 if o.quick else 8192
+    a, b = torch.randn(2, size, size, device=o.device)
+    return 2 * size**3 / seconds(o, lambda: a @ b)
+
+
+def step(o, **sizes) -> dict:
+    """Every response runs to the limit and every row has an advantage: the most that a step can
+    take. Shares of peak are of the rate of a large product in float32."""
+    s, model, asked = setting(o, **sizes)
+    sampled = model.generate(**asked)
+    batch, optimizer, N = bench.unequal(sampled, s.group), bench.adamw(model), len(sampled.end)
+    mask = response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
+
+    @torch.no_grad()
+    def rescore():
+        for rows in torch.arange(N, device=o.device).split(64):
+            minibupo.token_logprobs(model, sampled.tokens[rows], mask[rows])
+
+    found = {"rows": N, "tokens a response": s.response_limit}
+    found["seconds, sampling"] = seconds(o, lambda: model.generate(**asked))
+    found["seconds, rescoring"] = seconds(o, rescore)
+    for name, policy in (("phase 1, middle layer", Policy(s.n_layer // 2)), ("phase 2", FULL)):
+        for chunk in (64, N):
+            update = partial(minibupo.update, model, optimizer, batch, policy, chunk=chunk)
+            what = f"seconds, rescoring and update, {name}, {chunk} rows at a time"
+            found[what] = seconds(o, update)
+    found["tokens a second"] = N * s.response_limit / found["seconds, sampling"]
+    rate, best = gemm_rate(o), min(found[name] for name in found if "phase 2" in name)
+    flops = bench.sampling_flops(model.cfg, sampled, s.group)
+    found["share of peak, sampling"] = flops / found["seconds, sampling"] / rate
+    found["share of peak, update"] = bench.update_flops(model.cfg, sampled) / best / rate
+    return found | {"peak, TFLOP/s": rate / 1e12}
+
+
+def bfloat16(o) -> dict:
+    """Old log-probabilities are rescored in the same precision; the peak is bfloat16's, too."""
+    with torch.autocast(o.device.type, torch.bfloat16):
+        return step(o, **LARGE)
+
+
+def large(o) -> dict:
+    """Memory in float32 by hand, then a step."""
+    s, model, _ = setting(o, **LARGE)
+    c, rows, T = model.cfg, s.questions * s.group, 2 * s.n + s.response_limit
+    parameters = sum(p.numel() for p in model.parameters())
+    state = 16 * parameters  # weights, gradients, AdamW's two moments
+    # keys and values, and a copy of them where rows that ended are dropped
+    caches = 2 * 4 * 2 * c.n_layer * rows * T * c.n_kv_head * c.head_dim
+    # kept for the backward pass of 64 rows: 29 d numbers a position and layer, counted on a CPU
+    kept = 4 * 29 * c.d_model * c.n_layer * 64 * T
+    sizes = {"weights and moments": state, "sampling": caches, "64 rows of an update": kept}
+    found = {f"on paper: {name}, GB": size / 1e9 for name, size in sizes.items()}
+    save = partial(toy.save_checkpoint, o.work / "large.pt", model)
+    found |= {"parameters, million": parameters / 1e6, "seconds, saving them": seconds(o, save)}
+    return found | step(o, **LARGE)
+
+
+@torch.no_grad()
+def graph(o) -> dict:
+    """Of course/base.pt, whose responses end by themselves."""
+    _, _, asked = setting(o)
+    model, found = toy.load_model(BASE, o.device), {}
+    for temperature in (0, 1):
+        decoder = Decoder(model, **asked, temperature=temperature)
+        step = captured(decoder.step) if o.device.type == "cuda" else decoder.step
+        decoder.generate(step)
+        if temperature == 0:
+            theirs = model.generate(**asked, temperature=0, eos_id=toy.EOS)
+            ours = decoder.tokens[:, : theirs.tokens.shape[1]]
+            found["greedy: share of equal tokens"] = float((ours == theirs.tokens).float().mean())
+    found["seconds, sampling"] = seconds(o, lambda: decoder.generate(step))
+    tokens = int((decoder.end - decoder.lengths).sum())
+    found["tokens a second"] = tokens / found["seconds, sampling"]
+    by_generate = seconds(o, lambda: model.generate(**asked, eos_id=toy.EOS))
+    return found | {"seconds, sampling by model.generate": by_generate}
+
+
+def trl(o) -> dict:
+    """Seconds of a whole step, ours beside TRL's, in which every row has an advantage."""
+    peer = bench.trl_peer()
+    if peer is None:
+        return {"skipped": "TRL is not installed"}
+    s, model, _ = setting(o)
+    optimizer, times, config = bench.adamw(model), [], peer.GRPOConfig
+    here = {"use_cpu": o.device.type == "cpu"}  # trl_peer.py keeps TRL on the CPU
+    peer.GRPOConfig = lambda **options: config(**options | here)
+
+    def reward(prompts, completions, completion_ids, **_):
+        right = torch.tensor(peer.reward(prompts, completions, completion_ids))
+        return bench.tilt(right.view(-1, s.group)).flatten().tolist()
+
+    def after(_):
+        o.wait()
+        times.append(time.perf_counter())
+
+    qwen3 = peer.to_qwen3(model).to(o.device)
+    peer.train(s, qwen3, 3 if o.quick else 8, bench.STILL, reward, after)
+    theirs = statistics.median(b - a for a, b in zip(times, times[1:]))
+    ours = seconds(o, lambda: bench.our_step(s, model, optimizer, 1, tilted=True))
+    return {"seconds, ours": ours, "seconds, TRL": theirs, "ratio": theirs / ours}
+
+
+# ---- parts, table, main ------------------------------------------------------------------------
+
+PARTS = dict(main=main_job, agreement=agreement, resume=resume, step=step, graph=graph, large=large)
+PARTS |= dict(analyze=analyze_commands, trl=trl, bfloat16=bfloat16)
+
+
+def run_part(o, part) -> dict:
+    """What a part found, or its error, whatever that is: the others are to have their minutes."""
+    cuda, started = o.device.type == "cuda", time.perf_counter()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # of runs and figures
+            found = part(o)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}"}
+    if cuda:
+        found["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return found | {"seconds of this part": time.perf_counter() - started}
+
+
+def table(parts: dict) -> str:
+    """All that was found, as Markdown."""
+    rows = [("part", "what", "value"), ("---", "---", "---")]
+    rows += [(name, what, bench.show(x)) for name in parts for what, x in parts[name].items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv=None) -> int:
+    """Measure. Returns 0, or 1 if a part failed."""
+    parser = argparse.ArgumentParser("gpu.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--part", action="append", choices=PARTS, help="this part alone; may be given again")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--quick", action="store_true", help="tiny sizes")
+    add("--minutes", type=float, default=8.0, help="no part starts after these")
+    add("--json", type=Path, default=ROOT / "experiments" / "results" / "gpu.json")
+    o, started, found, machine = parser.parse_args(argv), time.perf_counter(), {}, bench.machine()
+    try:
+        o.device = toy.pick_device(o.device)
+    except ValueError as error:
+        parser.error(str(error))
+    o.wait = torch.cuda.synchronize if o.device.type == "cuda" else lambda: None
+    machine["gpu"] = torch.cuda.get_device_name() if o.device.type == "cuda" else "none"
+    with tempfile.TemporaryDirectory() as work:
+        o.work = Path(work)
+        for name in o.part or PARTS:
+            over = time.perf_counter() - started > 60 * o.minutes
+            found[name] = {"skipped": "time is over"} if over else run_part(o, PARTS[name])
+            print(f"{name}: {found[name]}", flush=True)
+            o.json.write_text(json.dumps({"machine": machine, "parts": found}, indent=1) + "\n")
+    print(f"\n{table(found)}\n\n{', '.join(f'{key} {value}' for key, value in machine.items())}")
+    return int(any("error" in result for result in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

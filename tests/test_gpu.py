@@ -1,0 +1,59 @@
+"""experiments/gpu.py and cuda_graph.py on a CPU: every part runs in its smallest form, one that fails
+does not stop the rest, and sampling with fixed shapes chooses what model.generate chooses."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny
+
+from experiments import gpu
+from experiments.cuda_graph import Decoder
+
+
+def measure(tmp_path, *argv):
+    path = tmp_path / "gpu.json"
+    code = gpu.main(["--device", "cpu", "--quick", "--json", str(path), *argv])
+    return code, json.loads(path.read_text())["parts"]
+
+
+def test_every_part_runs_in_its_smallest_form(tmp_path, capsys):
+    parts = [name for name in gpu.PARTS if name != "trl"]  # which takes a minute, where it is there
+    code, found = measure(tmp_path, *(word for name in parts for word in ("--part", name)))
+    assert code == 0 and list(found) == parts
+    assert not any("error" in part or "skipped" in part for part in found.values())
+    assert found["agreement"]["logits"] == 0  # both models are on the CPU
+    assert found["large"]["share of peak, update"] > 0
+    rows = capsys.readouterr().out.split("| --- | --- | --- |")[1].strip().splitlines()
+    assert sum(row.startswith("| step |") for row in rows) == len(found["step"])
+
+
+def test_a_part_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
+    def fails(o):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "PARTS", {"fails": fails, "works": lambda o: {"answer": 42}})
+    code, found = measure(tmp_path)
+    assert code == 1 and found["fails"]["error"] == "RuntimeError: out of memory"
+    assert found["works"]["answer"] == 42
+    code, found = measure(tmp_path, "--minutes", "0")
+    assert code == 0 and all("skipped" in part for part in found.values())
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=4, qk_norm=False, tied=False)])
+def test_fixed_shapes_choose_what_generate_chooses(changes):
+    """In float64, greedily, for prompts of different lengths whose rows end at different tokens."""
+    model = tiny(dtype=torch.float64, vocab_size=16, **changes)
+    asked = dict(prompt=torch.randint(14, (5, 6)), prompt_len=torch.tensor([2, 6, 4, 3, 6]))
+    asked |= dict(max_new_tokens=15, num_samples=2, pad_id=15, temperature=0)
+    with torch.no_grad():
+        model.unembed.__self__.lm_head.weight[gpu.toy.EOS] *= 1.5  # so that some rows end
+        decoder = Decoder(model, **asked)
+        for _ in range(2):  # a second time from the start
+            decoder.generate(decoder.step)
+            theirs = model.generate(**asked, eos_id=gpu.toy.EOS)
+            assert torch.equal(decoder.end, theirs.end)
+            T = theirs.tokens.shape[1]
+            written = torch.arange(T) < theirs.end[:, None]
+            assert torch.equal(decoder.tokens[:, :T][written], theirs.tokens[written])
+    assert len(set(theirs.end.tolist())) > 1
