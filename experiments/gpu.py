@@ -8,14 +8,14 @@
     agreement  the same numbers as on the CPU: logits, entropies, greedy samples, gradients
     resume     a run twice, and stopped and resumed: how far are the weights apart?
     step       seconds of a step by part, tokens a second, share of the device's peak
-    graph      sampling by one CUDA graph a token, with a cache of fixed size
-    large      a step of the larger setting (LARGE), its memory on paper and as measured
+    graph      sampling by one CUDA graph a token (cuda_graph.py)
+    large      a step of a larger setting, its memory on paper and as measured
     analyze    every command of analyze.py, on the run of `main`
     trl        the same step by TRL's GRPOTrainer (needs the extra `bench`)
     bfloat16   a step of the larger setting under autocast, rescoring included
 
-Parts are in order of worth. None starts once --minutes are over, and one that fails does not stop
-the rest. After each, all that is known is written to --json. Nothing is fetched from a network.
+Parts are in order of worth. None starts once --minutes are over; one that fails does not stop the
+rest. After each, all that is known is written to --json. Nothing is fetched from a network.
 """
 
 import argparse
@@ -66,9 +66,6 @@ def apart(a, b) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-# ---- does it run, and is it right? -------------------------------------------------------------
-
-
 def run_toy(o, name: str, *options: str) -> Path:
     """Run train_toy.py into a directory of this name."""
     argv = [*options, "--device", o.device.type, "--out_dir", str(o.work / name)]
@@ -96,14 +93,14 @@ def agreement(o) -> dict:
     """Of course/base.pt; differences are relative to the largest number."""
     models = toy.load_model(BASE, o.device), toy.load_model(BASE)
     tokens, mask = toy.own_solutions(models[1], toy.Settings(), 8)
-    advantages = torch.linspace(-1, 1, len(tokens))
 
     def both(f):
         return [f(m, tokens.to(m.device), mask.to(m.device)) for m in models]
 
     def gradients(policy, m, tokens, mask):
         old = minibupo.token_logprobs(m, tokens, mask, policy).detach()
-        loss = minibupo.policy_loss(m, tokens, old, advantages.to(m.device), mask, policy)[0]
+        advantages = torch.linspace(-1, 1, len(tokens), device=m.device)
+        loss, _ = minibupo.policy_loss(m, tokens, old, advantages, mask, policy)
         return torch.autograd.grad(loss, list(m.parameters()), materialize_grads=True)
 
     found = {"logits": apart(*both(lambda m, tokens, _: m(tokens)))}
@@ -124,17 +121,15 @@ def resume(o) -> dict:
         run_toy(o, name, *options, "--steps", "6")
     run_toy(o, "stopped", *options, "--steps", "3")
     run_toy(o, "stopped", "--resume", "--steps", "6")
-    names = ("whole", "again", "stopped")
-    whole, *rest = (toy.load_model(o.work / name / "ckpt.pt").state_dict() for name in names)
-    twice, stopped = (max(apart(w[key], whole[key]) for key in whole) for w in rest)
+    files = (o.work / name / "ckpt.pt" for name in ("whole", "again", "stopped"))
+    whole, *others = (toy.load_model(file).state_dict() for file in files)
+    twice, stopped = (max(apart(w[key], whole[key]) for key in whole) for w in others)
     return {"the same run twice": twice, "stopped and resumed": stopped}
 
 
 def analyze_commands(o) -> dict:
-    """Seconds of each command on the run of `main`, which is made if it is not there."""
+    """Seconds of each command on the run of `main`, which has to be there."""
     run, found = o.work / "main", {}
-    if not run.exists():
-        main_job(o)
     for command in ("sample", "step") if o.quick else analyze.COMMANDS:
         prompt = ["7+5*3-2="] if command in ("lens", "sample") else []
         argv, started = [command, str(run), *prompt, "--device", o.device.type], time.perf_counter()
@@ -142,9 +137,6 @@ def analyze_commands(o) -> dict:
             raise RuntimeError(f"analyze.py {' '.join(argv)} ended with {code}")
         found[f"seconds, {command}"] = time.perf_counter() - started
     return found
-
-
-# ---- how fast is it? ---------------------------------------------------------------------------
 
 
 def setting(o, **sizes):
@@ -164,9 +156,9 @@ def gemm_rate(o) -> float:
     return 2 * size**3 / seconds(o, lambda: a @ b)
 
 
-def step(o, **sizes) -> dict:
+def step(o, chunks=(64, 512), **sizes) -> dict:
     """Every response runs to the limit and every row has an advantage: the most that a step can
-    take. Shares of peak are of the rate of a large product in float32."""
+    take. Shares of peak are of the rate of a large product."""
     s, model, asked = setting(o, **sizes)
     sampled = model.generate(**asked)
     batch, optimizer, N = bench.unequal(sampled, s.group), bench.adamw(model), len(sampled.end)
@@ -181,7 +173,7 @@ def step(o, **sizes) -> dict:
     found["seconds, sampling"] = seconds(o, lambda: model.generate(**asked))
     found["seconds, rescoring"] = seconds(o, rescore)
     for name, policy in (("phase 1, middle layer", Policy(s.n_layer // 2)), ("phase 2", FULL)):
-        for chunk in (64, N):
+        for chunk in chunks:
             update = partial(minibupo.update, model, optimizer, batch, policy, chunk=chunk)
             what = f"seconds, rescoring and update, {name}, {chunk} rows at a time"
             found[what] = seconds(o, update)
@@ -196,7 +188,7 @@ def step(o, **sizes) -> dict:
 def bfloat16(o) -> dict:
     """Old log-probabilities are rescored in the same precision; the peak is bfloat16's, too."""
     with torch.autocast(o.device.type, torch.bfloat16):
-        return step(o, **LARGE)
+        return step(o, chunks=[64], **LARGE)
 
 
 def large(o) -> dict:
@@ -213,7 +205,7 @@ def large(o) -> dict:
     found = {f"on paper: {name}, GB": size / 1e9 for name, size in sizes.items()}
     save = partial(toy.save_checkpoint, o.work / "large.pt", model)
     found |= {"parameters, million": parameters / 1e6, "seconds, saving them": seconds(o, save)}
-    return found | step(o, **LARGE)
+    return found | step(o, chunks=[64], **LARGE)
 
 
 @torch.no_grad()
@@ -229,11 +221,9 @@ def graph(o) -> dict:
             theirs = model.generate(**asked, temperature=0, eos_id=toy.EOS)
             ours = decoder.tokens[:, : theirs.tokens.shape[1]]
             found["greedy: share of equal tokens"] = float((ours == theirs.tokens).float().mean())
-    found["seconds, sampling"] = seconds(o, lambda: decoder.generate(step))
-    tokens = int((decoder.end - decoder.lengths).sum())
-    found["tokens a second"] = tokens / found["seconds, sampling"]
+    found["seconds, by graph"] = seconds(o, lambda: decoder.generate(step))
     by_generate = seconds(o, lambda: model.generate(**asked, eos_id=toy.EOS))
-    return found | {"seconds, sampling by model.generate": by_generate}
+    return found | {"seconds, by model.generate": by_generate}
 
 
 def trl(o) -> dict:
@@ -244,7 +234,7 @@ def trl(o) -> dict:
     s, model, _ = setting(o)
     optimizer, times, config = bench.adamw(model), [], peer.GRPOConfig
     here = {"use_cpu": o.device.type == "cpu"}  # trl_peer.py keeps TRL on the CPU
-    peer.GRPOConfig = lambda **options: config(**options | here)
+    peer.GRPOConfig = lambda **options: config(**(options | here))
 
     def reward(prompts, completions, completion_ids, **_):
         right = torch.tensor(peer.reward(prompts, completions, completion_ids))
@@ -261,15 +251,13 @@ def trl(o) -> dict:
     return {"seconds, ours": ours, "seconds, TRL": theirs, "ratio": theirs / ours}
 
 
-# ---- parts, table, main ------------------------------------------------------------------------
-
 PARTS = dict(main=main_job, agreement=agreement, resume=resume, step=step, graph=graph, large=large)
 PARTS |= dict(analyze=analyze_commands, trl=trl, bfloat16=bfloat16)
 
 
 def run_part(o, part) -> dict:
     """What a part found, or its error, whatever that is: the others are to have their minutes."""
-    cuda, started = o.device.type == "cuda", time.perf_counter()
+    started, cuda = time.perf_counter(), o.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -279,9 +267,8 @@ def run_part(o, part) -> dict:
     except Exception as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
-    if cuda:
-        found["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
-    return found | {"seconds of this part": time.perf_counter() - started}
+    peak = {"peak memory, GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}
+    return found | peak | {"seconds of this part": time.perf_counter() - started}
 
 
 def table(parts: dict) -> str:
@@ -299,7 +286,7 @@ def main(argv=None) -> int:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--quick", action="store_true", help="tiny sizes")
     add("--minutes", type=float, default=8.0, help="no part starts after these")
-    add("--json", type=Path, default=ROOT / "experiments" / "results" / "gpu.json")
+    add("--json", type=Path, default=ROOT / "out" / "gpu.json")
     o, started, found, machine = parser.parse_args(argv), time.perf_counter(), {}, bench.machine()
     try:
         o.device = toy.pick_device(o.device)
@@ -307,6 +294,7 @@ def main(argv=None) -> int:
         parser.error(str(error))
     o.wait = torch.cuda.synchronize if o.device.type == "cuda" else lambda: None
     machine["gpu"] = torch.cuda.get_device_name() if o.device.type == "cuda" else "none"
+    o.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         o.work = Path(work)
         for name in o.part or PARTS:
