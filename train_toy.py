@@ -15,8 +15,8 @@ answer alone then discovers careful work: responses grow longer as more of them 
     python train_toy.py --algo grpo --base out/bupo-seed0/base.pt
     python train_toy.py --resume --out_dir out/bupo-seed0   # go on after Ctrl-C or a crash
 
-All that is random in a step depends on (seed, purpose, step) alone. So a run that was stopped goes
-on as if it had not been, on a CPU to the last bit, and runs of one seed meet the same problems.
+All that is random in a step depends on (seed, purpose, step) alone. So a resumed run goes on as if
+it had never stopped (on a CPU to the last bit), and runs of one seed meet the same problems.
 """
 
 import argparse
@@ -24,18 +24,14 @@ import hashlib
 import json
 import math
 import operator
-import os
 import random
 import sys
-import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import tiktoken
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import minibupo
@@ -63,10 +59,15 @@ def sloppy(expression: str, rng, skip: float) -> list[str]:
 
 
 def is_right(expression: str, response: str) -> bool:
-    """The verifier: the response ended, and what follows its last `=` is the answer.
-
-    How the answer was reached is not looked at; has_right_steps does that."""
+    """The verifier: the response ended, and what follows its last `=` is the answer."""
     return response.split("=")[-1] == careful(expression)[-1] + "<eos>"
+
+
+def has_right_steps(expression: str, response: str) -> bool:
+    """Whether each line of a response follows from the one before. This is not rewarded."""
+    lines = [expression, *response.removesuffix("<eos>").split("=")]
+    ended = response.endswith("<eos>") and len(lines[-1]) == 1
+    return ended and all(after in careful(before)[1:] for before, after in zip(lines, lines[1:]))
 
 
 def held_out(expression: str) -> bool:
@@ -112,9 +113,8 @@ ENCODING = tiktoken.Encoding(
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text; "<eos>" and "<pad>" are one token each. Raises ValueError for another
-    character, on which tiktoken would panic."""
-    for c in text.replace("<eos>", "").replace("<pad>", ""):
+    """Token ids of a text. Raises ValueError for characters outside the vocabulary."""
+    for c in text.replace("<eos>", "").replace("<pad>", ""):  # tiktoken would panic
         if c not in CHARACTERS:
             raise ValueError(f"character {c!r} is not one of {CHARACTERS}")
     return ENCODING.encode(text, allowed_special="all")
@@ -136,7 +136,7 @@ def responses(sampled) -> list[str]:
 # ---- settings ----------------------------------------------------------------------------------
 
 
-def option(default, help, low=None, high=None, choices=None):
+def option(default, help, low=None, high=math.inf, choices=None):
     """A field of Settings, which is a command-line option as well, with what it may be."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
@@ -146,14 +146,14 @@ class Settings:
     """Every option of a run. Raises ValueError for values that cannot be."""
 
     algo: str = option("bupo", "what to train with", choices=("bupo", "grpo"))
-    layer: int | None = option(None, "layer of phase 1, 1..L-1 (default: the paper's rule)", 1)
+    layer: int | None = option(None, "layer of phase 1, 1..L-1, or auto: the paper's rule", 1)
     site: str = option("resid_post", "whose policy: layer, attention, FFN", choices=minibupo.SITES)
     s_inter: int = option(5, "steps of phase 1", 0)
     steps: int = option(60, "steps of RL in all", 0)
     seed: int = option(0, "seed of everything random", 0, 2**32 - 1)
     base: str | None = option(None, "start RL from this base model, base.pt of another run")
     out_dir: str | None = option(None, "directory of the run (default: a new one under out/)")
-    preset: str = option("default", "a set of defaults", choices=("default", "smoke"))
+    preset: str = option("default", "smoke: all of it in seconds", choices=("default", "smoke"))
     device: str = option("auto", "cpu, cuda, mps or auto, which is cuda where it is, else cpu")
     threads: int = option(2, "CPU threads; a small model gains nothing from many", 1, 1024)
 
@@ -179,7 +179,7 @@ class Settings:
     @property
     def tiers(self) -> list[int]:
         """Digits of the problems of evaluation, up to n + 1: longer than anything trained."""
-        return [n for n in range(self.n - 2, self.n + 2) if n >= 3]
+        return list(range(max(3, self.n - 2), self.n + 2))
 
     def model_config(self) -> GPTConfig:
         """The model. Positions are rotary, so a longer context costs nothing but a table."""
@@ -187,24 +187,22 @@ class Settings:
 
 
 SMOKE = dict(n=3, n_layer=4, d_model=32, questions=32, steps=20, s_inter=3, eval_problems=64)
+KNOWN = 0.95  # the share of single operations that a base is to get right
+SAMPLES = 8  # responses to each problem of an evaluation
 
 
 # ---- the base model ----------------------------------------------------------------------------
 
 
-KNOWN = 0.95  # the share of single operations that a base is to get right
-
-
 def pretrain(s: Settings, model, records: list, max_steps=1500, lr=4e-3):
     """Teach the base model until it knows single operations. Appends a record every 50 steps.
 
-    Solutions are careful until most operations are known, and get sloppy over the next 200 steps.
-    While any line may follow, the result of an operation is but one of several right tokens, and
-    operations are learned more slowly, or never. The number of steps is not fixed: seeds differ in
-    when operations are learned, and RL can improve only a model that gets some answers right."""
+    Solutions are careful until most operations are known, then get sloppy over 200 steps. While any
+    line may follow, several tokens are right, and operations are learned more slowly, or never. The
+    number of steps is not fixed: seeds differ in when they know enough for RL to improve."""
     options = dict(weight_decay=0.1, betas=(0.9, 0.98), fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **options)
-    started, learned = time.perf_counter(), None  # the step at which most operations were known
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    known, learned = 0.0, None  # learned: the step at which most operations were known
     for step in tqdm(range(1, max_steps + 1), "pretraining", disable=None):
         sloppiness = min(1.0, (step - learned) / 200) if learned else 0.0
         batch = pretraining_batch(s, step, model.device, s.skip * sloppiness)
@@ -222,15 +220,15 @@ def pretrain(s: Settings, model, records: list, max_steps=1500, lr=4e-3):
                 learned = step
             if sloppiness == 1 and known >= KNOWN:
                 break
-    print(f"base model: {step} steps in {time.perf_counter() - started:.0f} s")
+    if known < KNOWN:
+        print(f"this base gets only {known:.0%} of single operations right: try another --seed")
 
 
 def pretraining_batch(s: Settings, step: int, device, skip: float, rows=48):
     """Rows of text: tokens (B, T), and which of them belong to a response (B, T).
 
-    A row holds a solution of each length 2..n, in random order, each line left out with probability
-    `skip`. A model that met each problem at the start of a row would learn where its first operands
-    stand, and be lost on the second line."""
+    A row holds a solution of each length 2..n, in random order. A model that met every problem at
+    the start of a row would learn where its operands stand, and be lost on the second line."""
     rng, tokens, marks = stream(s.seed, "pretraining", step), [], []
     for _ in range(rows):
         row, mark = [], []
@@ -246,14 +244,13 @@ def pretraining_batch(s: Settings, step: int, device, skip: float, rows=48):
 
 
 def pretraining_loss(model, tokens, response, internal_loss: float):
-    """Cross-entropy of pi_theta on the response tokens, plus internal_loss times the mean of that
-    of the internal layer policies."""
+    """Cross-entropy of pi_theta on responses, plus internal_loss times that of internal policies."""
     at, wanted = response[:, 1:], tokens[:, 1:][response[:, 1:]]
     if internal_loss == 0:
-        return cross_entropy(model(tokens[:, :-1])[at], wanted)
+        return torch.nn.functional.cross_entropy(model(tokens[:, :-1])[at], wanted)
     layers = [trace.resid_post[at] for trace in model.trace(tokens[:, :-1])]  # H^1, .., H^L
-    internal = [cross_entropy(model.unembed(h), wanted) for h in layers]
-    loss = cross_entropy(model.unembed(model.final_norm(layers[-1])), wanted)
+    internal = [torch.nn.functional.cross_entropy(model.unembed(h), wanted) for h in layers]
+    loss = torch.nn.functional.cross_entropy(model.unembed(model.final_norm(layers[-1])), wanted)
     return loss + internal_loss * torch.stack(internal).mean()
 
 
@@ -276,7 +273,7 @@ class Job:
 def train(s: Settings, job: Job):
     """The steps of Algorithm 1 that are left, with log, evaluations, looks inside, checkpoints."""
     model, optimizer, records = job.model, job.optimizer, job.records
-    seen, started = {}, time.perf_counter()
+    seen = {}  # in the rollouts of a step
 
     def sample(step):
         # smaller steps late, when a handful of mixed groups decides on the gradient
@@ -289,10 +286,12 @@ def train(s: Settings, job: Job):
     steps = minibupo.bupo(model, optimizer, sample, job.target, s.s_inter, s.steps, start=start)
     for step, policy, _, log in tqdm(steps, s.algo, s.steps, initial=job.step, disable=None):
         job.step, phase = step, "policy" if policy == FULL else "internal"
-        log |= {"seconds": time.perf_counter() - started, "phase": phase, **seen}
+        log |= {"phase": phase, **seen}
         add_record(records, "step", step=step, **log)
         if step % 5 == 0:
-            tqdm.write(LOG_LINE.format(step=step, **log))
+            names = ("reward", "policy_entropy", "length", "clip_fraction", "grad_norm")
+            numbers = "  ".join(f"{name} {log[name]:.3f}" for name in names)
+            tqdm.write(f"step {step:4d}  {phase:8}  {numbers}")
         if step % 5 == 0 or step in (s.s_inter, s.steps):
             add_record(records, "internal", step=step, **means_inside(model, *job.text))
         if step % 30 == 0 or step == s.steps:
@@ -300,13 +299,6 @@ def train(s: Settings, job: Job):
         if step == s.s_inter:
             save_checkpoint(job.out / "phase1.pt", model)
         save_job(job)
-        started = time.perf_counter()
-
-
-LOG_LINE = (
-    "step {step:4d}  {phase:8}  reward {reward:.3f}  entropy {policy_entropy:.3f}  "
-    "length {length:.1f}  clipped {clip_fraction:.4f}  gradient {grad_norm:.2f}"
-)
 
 
 def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -> Rollouts:
@@ -319,8 +311,7 @@ def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -
 
 
 def draw_questions(rng, count: int, n: int) -> list[str]:
-    """Training problems of 3, 4, .., n digits in shares of 1 : 2 : .. : n - 2, since longer ones
-    take more learning; in random order."""
+    """Training problems of 3, 4, .., n digits in shares of 1 : 2 : .. : n - 2, in random order."""
     sizes = [k for k in range(3, n + 1) for _ in range(k - 2)]
     problems = [training_problem(rng, sizes[i * len(sizes) // count]) for i in range(count)]
     return rng.sample(problems, count)
@@ -337,7 +328,7 @@ def respond(model, s: Settings, problems: list[str], samples: int, generator):
 def describe(model, batch: Rollouts, target: Policy) -> dict:
     """What a step's log says of its rollouts. Entropies (nats, temperature 1) and the mean of
     log(pi_target / pi_theta), how far phase 1 is off-policy, are taken on one response a group."""
-    right = batch.rewards.mean(1)
+    right, G = batch.rewards.mean(1), batch.rewards.shape[1]
     log = {
         "reward": float(right.mean()),
         "groups_right": float((right == 1).float().mean()),
@@ -345,7 +336,6 @@ def describe(model, batch: Rollouts, target: Policy) -> dict:
         "length": float((batch.end - batch.prompt_len).float().mean()),
         "cut_off": float((batch.tokens.gather(1, batch.end[:, None] - 1) != EOS).float().mean()),
     }
-    G = batch.rewards.shape[1]
     tokens = batch.tokens[::G]
     mask = response_mask(batch.prompt_len[::G], batch.end[::G], tokens.shape[1])
     at, logp = mask.flatten().nonzero()[:, 0], {}
@@ -357,8 +347,6 @@ def describe(model, batch: Rollouts, target: Policy) -> dict:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-
-SAMPLES = 8  # responses to each problem of an evaluation
 
 
 def evaluation_problems(rng, n: int, count: int) -> list[str]:
@@ -384,10 +372,8 @@ def attempts(model, s: Settings, problems: list[str], samples: int, generator) -
 def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[dict, list]:
     """Accuracy on `count` held-out problems of each length in `tiers`, the same ones for one seed.
 
-    Returns, by length as a string: "avg@K", its standard error over problems "avg@K_se" (None for
-    one problem), unbiased "pass@1", "pass@2", .., "pass@K"; the shares of responses without a wrong
-    step "right_steps" and of those cut off by the limit "cut_off", of problems with mixed outcomes
-    "mixed"; the mean "length" in tokens. And three pairs [problem, response] of length s.n."""
+    Returns measures by length as a string, all explained in docs/reference.md (the standard error
+    "avg@K_se" is None for one problem), and three pairs [problem, response] of length s.n."""
     results, examples = {}, []
     for n in tiers:
         problems = evaluation_problems(stream(s.seed, f"evaluation, n {n}"), n, count)
@@ -407,15 +393,8 @@ def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[di
             "length": sum(len(encode(text)) for _, text in pairs) / len(pairs),
         }
         if n == s.n:
-            examples = [[problem, group[0]] for problem, group in zip(problems, texts)][:3]
+            examples = [list(pair) for pair in pairs[: 3 * samples : samples]]
     return results, examples
-
-
-def has_right_steps(expression: str, response: str) -> bool:
-    """Whether every line of a response follows from the one before by one or more operations."""
-    lines = [expression, *response.removesuffix("<eos>").split("=")]
-    ended = response.endswith("<eos>") and len(lines[-1]) == 1
-    return ended and all(after in careful(before)[1:] for before, after in pairwise(lines))
 
 
 @torch.no_grad()
@@ -430,19 +409,15 @@ def single_operations(model, s: Settings, problems=128) -> float:
 
 
 def own_solutions(model, s: Settings, count=64):
-    """Held-out problems with a model's own solutions: tokens (P, T) and response mask (P, T-1).
-
-    Those of the base are the fixed text on which internal policies are measured during training."""
+    """Held-out problems with a model's own solutions: tokens (P, T), response mask (P, T-1)."""
     problems = evaluation_problems(stream(s.seed, "text"), s.n, count)
-    generator = torch_stream(model.device, s.seed, "text responses")
-    sampled = respond(model, s, problems, 1, generator)
+    sampled = respond(model, s, problems, 1, torch_stream(model.device, s.seed, "text responses"))
     return sampled.tokens, response_mask(sampled.prompt_len, sampled.end, sampled.tokens.shape[1])
 
 
 @torch.no_grad()
 def means_inside(model, tokens, mask) -> dict:
-    """The means over positions of all that minibupo.look_inside measures, each a list by layer, and
-    the perplexity of the tokens under pi_theta."""
+    """Means over positions, by layer, of what minibupo.look_inside measures; the perplexity."""
     found = minibupo.look_inside(model, tokens, mask)
     means = {name: values.mean(1).tolist() for name, values in found.items()}
     logp = minibupo.token_logprobs(model, tokens, mask)[mask]
@@ -450,120 +425,94 @@ def means_inside(model, tokens, mask) -> dict:
 
 
 def add_evaluation(records: list, s: Settings, model, step: int):
-    """Evaluate and add the record; on the way to the last step on a quarter of the problems."""
-    count = s.eval_problems if step in (0, s.steps) else -(-s.eval_problems // 4)
+    """Evaluate, print, and add the record; on the way to the last step on a quarter of problems."""
+    count = s.eval_problems if step in (0, s.steps) else math.ceil(s.eval_problems / 4)
     results, examples = evaluate(model, s, s.tiers, count)
     add_record(records, "eval", step=step, problems=count, tiers=results, examples=examples)
-    if 0 < step < s.steps:
-        accuracy = "  ".join(f"n = {n}: {of[f'avg@{SAMPLES}']:.3f}" for n, of in results.items())
-        tqdm.write(f"evaluation at step {step}, Avg@{SAMPLES}  {accuracy}")
+    names = (f"avg@{SAMPLES}", f"avg@{SAMPLES}_se", "right_steps", f"pass@{SAMPLES}", "length")
+    tqdm.write(f"\nat step {step}, on {count} held-out problems of each length:")
+    tqdm.write("digits" + "".join(f"{name:>12}" for name in names))
+    for n, tier in results.items():
+        tqdm.write(f"{n:>6}" + "".join(f"{tier[name] or 0:12.3f}" for name in names))
+    for problem, response in examples:
+        verdict = "right" if is_right(problem, response) else "wrong"
+        tqdm.write(f"{problem}= {response}   ({verdict})")
 
 
 # ---- housekeeping: skip on first reading -------------------------------------------------------
-# Options, the main job, going on with a run, printing, files, and main.
 
 
-def check_settings(s: Settings):
-    """Raise ValueError for settings that cannot be."""
-    for f in fields(s):
-        value, may_be = getattr(s, f.name), f.metadata
-        kind = int | float if f.type is float else f.type
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{f.name} must be of type {f.type}, not {value!r}")
-        if may_be["choices"] and value not in may_be["choices"]:
-            raise ValueError(f"{f.name} must be one of {', '.join(may_be['choices'])}, not {value}")
-        low, high = may_be["low"], may_be["high"]
-        if low is not None and value is not None and not value >= low:
-            raise ValueError(f"{f.name} must be at least {low}, not {value}")
-        if high is not None and not value <= high:
-            raise ValueError(f"{f.name} must be at most {high}, not {value}")
-    if s.s_inter > s.steps:
-        raise ValueError(f"s_inter = {s.s_inter} is more than steps = {s.steps}")
-    if s.layer is None and s.site == "attn_out":
-        raise ValueError("site attn_out needs a layer: the paper's rule looks at FFNs alone")
-    if s.layer is not None and s.layer >= s.n_layer:
-        raise ValueError(f"layer must be in 1..{s.n_layer - 1}, below the top, not {s.layer}")
-    for name in ("layer", "site") if s.s_inter == 0 else ():
-        if getattr(s, name) != getattr(Settings, name):
-            raise ValueError(f"{name} is for phase 1, which algo grpo and s_inter 0 do not have")
-    if s.algo == "grpo" and s.s_inter:
-        raise ValueError(f"s_inter = {s.s_inter} is for phase 1, which algo grpo does not have")
-    s.model_config()
-
-
-def parse_options(argv) -> tuple[Settings, dict, bool]:
-    """The settings (option over preset over default), those given by hand, and --resume."""
-    what = "Train a small GPT on sloppy arithmetic, then improve it by BuPO or GRPO."
-    parser = argparse.ArgumentParser("train_toy.py", description=what, allow_abbrev=False)
-    for f in fields(Settings):
-        default = "" if f.default is None else f" (default: {f.default})"
-        options = dict(choices=f.metadata["choices"], help=f.metadata["help"] + default)
-        kind = {int | None: layer_number, str | None: str}.get(f.type, f.type)
-        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, **options)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out_dir")
-    given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    values = (SMOKE if given.get("preset") == "smoke" else {}) | given
-    if values.get("algo") == "grpo":
-        values["s_inter"] = given.get("s_inter", 0)
-    return Settings(**values), given, resume
-
-
-def layer_number(text: str) -> int | None:
-    """A layer of the command line; "auto" is the paper's rule."""
-    return None if text == "auto" else int(text)
-
-
-def run(s: Settings, given: dict, resume: bool):
+def run(s: Settings, resume: bool):
     """The main job, from nothing (or a base, or a checkpoint) to the final table."""
     device = pick_device(s.device)
     s.device = device.type  # not "auto", or a resume elsewhere could change it unnoticed
     torch.set_num_threads(s.threads)
-    out = Path(s.out_dir) if resume else None
-    begun = resume and any((out / name).exists() for name in ("base.pt", "ckpt.pt"))
-    base = out / "base.pt" if begun else s.base
-    model = load_model(base, device) if base else None
-    if model is not None:
-        take_sizes(s, given, model, base)
-    job = resumed_job(s, out, model) if resume else None
+    s.out_dir = s.out_dir if resume else str(new_directory(s))
+    out = Path(s.out_dir)
+    # a run that was stopped before its first checkpoint begins again
+    begun = resume and any((out / name).exists() for name in ("ckpt.pt", "metrics.jsonl"))
+    job = resumed_job(s, out, device) if begun else None
     # What can be refused has been refused. From here on files are written.
-    out = out or new_directory(s)
-    s.out_dir = str(out)
     write_text(out / "config.json", json.dumps(asdict(s), indent=2))
-    print(f"{'resuming' if resume else 'run'} {out} on {device}, {s.threads} threads", flush=True)
-    job = job or new_job(s, out, model, device)
-    print(inside_table(job.records, job.target, s))
-    preflight(job.records, s)
-    train(s, job)
-    print(final_table(job.records, s))
-    other = "bupo" if s.algo == "grpo" else "grpo"
-    print(f"\nall of it is in {out}; next, see the internal policies as figures:")
-    print(f"  python analyze.py {out}\nand train from the same base with the other algorithm:")
-    print(
-        f"  python train_toy.py --algo {other} --base {out / 'base.pt'} --seed {s.seed} --n {s.n}"
-    )
+    print(f"run {out} on {device}, {s.threads} threads", flush=True)
+    train(s, job or new_job(s, out, device))
+    print(f"all of it is in {out}; next, see the internal policies: python analyze.py {out}")
 
 
-def new_job(s: Settings, out: Path, model, device) -> Job:
-    """A base model (pretrained here unless given), measured, ready for the first step of RL."""
+def new_job(s: Settings, out: Path, device) -> Job:
+    """A base model, looked at and evaluated, ready for RL. Raises ValueError for a hopeless one."""
     records = []
-    if model is None:
+    if s.base:
+        model = load_model(s.base, device)
+    else:
         torch.manual_seed(s.seed)
         model = GPT(s.model_config()).to(device)
         pretrain(s, model, records)
-    if not (out / "base.pt").exists():
-        save_checkpoint(out / "base.pt", model)
-    known = single_operations(model, s)
-    if known < KNOWN:
-        print(f"this base gets only {known:.0%} of single operations right: try another --seed")
+    save_checkpoint(out / "base.pt", model)
     text = own_solutions(model, s)
-    add_record(records, "internal", step=0, **means_inside(model, *text))
+    inside = means_inside(model, *text)
+    add_record(records, "internal", step=0, **inside)
+    print(f"\ninternal entropies of the base, in nats (uniform: {math.log(VOCAB_SIZE):.2f})")
+    print("layer   H(H^l)   normed  dH_ATTN   dH_FFN dH_Layer")
+    names = ("layer", "layer_normed", "d_attn", "d_mlp", "d_layer")
+    columns = [inside[name][-s.n_layer :] for name in names]  # without H^0, which two of them have
+    for l, row in enumerate(zip(*columns), 1):
+        print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row))
+    target = pick_target(s, inside["d_mlp"], out / "base.pt")
     add_evaluation(records, s, model, step=0)
-    target = pick_target(s, records[-2]["d_mlp"], out / "base.pt")
+    tier = records[-1]["tiers"][str(s.n)]
+    print(f"preflight at n = {s.n}: {tier['mixed']:.1%} of problems have mixed outcomes")
+    if tier["mixed"] < 0.05:  # and only from these RL learns
+        hard = tier["pass@1"] < 0.5
+        remedy = "shorter problems (--n)" if hard else "longer ones (--n), a larger --skip"
+        raise ValueError(f"too few mixed outcomes: try another base (--seed), {remedy}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
     job = Job(out, model, optimizer, target, text, records, step=0)
     save_job(job)
     return job
+
+
+def resumed_job(s: Settings, out: Path, device) -> Job:
+    """The job in a run's checkpoint. Raises ValueError or OSError for one that does not fit."""
+    base, path = load_model(out / "base.pt", device), out / "ckpt.pt"
+    model, content = load_checkpoint(path, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
+    with reading(path):
+        if not model.cfg == base.cfg == s.model_config():
+            raise ValueError("base.pt and config.json are of a model with other sizes")
+        if content["step"] not in range(s.steps + 1):
+            raise ValueError(f"step {content['step']} is not in 0..{s.steps}, the steps of the run")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": content["optimizer"]})
+        for weight, moments in optimizer.state.items():
+            shapes = {name: value.shape for name, value in moments.items()}
+            # on others the fused step of AdamW would crash the interpreter
+            if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                raise ValueError("moments of the optimizer have another shape than the weights")
+        target, text = Policy(*content["target"]), own_solutions(base, s)
+        minibupo.policy_logits(model, text[0], target)  # raises for a target that is not there
+        records = list(content["records"])
+        records_of(records, "step")  # so do records that are none
+    return Job(out, model, optimizer, target, text, records, content["step"])
 
 
 def pick_target(s: Settings, d_mlp: list, base: Path) -> Policy:
@@ -576,120 +525,77 @@ def pick_target(s: Settings, d_mlp: list, base: Path) -> Policy:
         return Policy(minibupo.target_layer(d_mlp), s.site)
     except ValueError as error:
         remedy = f"python train_toy.py --base {base} --layer N"
-        raise ValueError(f"{error}. Choose one yourself: {remedy}") from None
+        raise ValueError(f"{error}; choose one: {remedy}") from None
 
 
-def resumed_settings(given: dict) -> Settings:
-    """The settings of the run in --out_dir. Raises ValueError if there is none, or if an option
-    given by hand differs (--steps may, to go on for longer)."""
-    if "out_dir" not in given:
-        raise ValueError("--resume needs --out_dir, the directory of the run to go on with")
-    out = given["out_dir"]
-    s = read_settings(Path(out))
-    for name, value in given.items():
-        if name not in ("out_dir", "steps") and value != getattr(s, name):
-            raise ValueError(f"--{name} {value} does not match {out}, which has {getattr(s, name)}")
-    return replace(s, out_dir=out, steps=given.get("steps", s.steps))
+def check_settings(s: Settings):
+    """Raise ValueError for settings that cannot be."""
+    for f in fields(s):
+        value, kind = getattr(s, f.name), int | float if f.type is float else f.type
+        low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{f.name} must be of type {f.type}, not {value!r}")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
+        if low is not None and value is not None and not low <= value <= high:
+            raise ValueError(f"{f.name} must be in {low}..{high}, not {value}")
+    if s.s_inter > s.steps:
+        raise ValueError(f"s_inter = {s.s_inter} is more than steps = {s.steps}")
+    if s.algo == "grpo" and s.s_inter > 0:
+        raise ValueError(f"s_inter = {s.s_inter} is for phase 1, which algo grpo does not have")
+    if s.s_inter == 0 and (s.layer is not None or s.site != "resid_post"):
+        raise ValueError("layer and site are for phase 1, which algo grpo and s_inter 0 lack")
+    if s.layer is None and s.site == "attn_out":
+        raise ValueError("site attn_out needs a layer: the paper's rule looks at FFNs alone")
+    if s.layer is not None and s.layer >= s.n_layer:
+        raise ValueError(f"layer must be in 1..{s.n_layer - 1}, below the top, not {s.layer}")
+    s.model_config()  # raises for sizes that do not fit together
 
 
-def resumed_job(s: Settings, out: Path, base) -> Job | None:
-    """The job in a run's checkpoint, or None for a run that was stopped before its first one.
-
-    Writes nothing. Raises ValueError for a checkpoint that does not fit the run."""
-    path = out / "ckpt.pt"
-    if not path.exists() and not (out / "metrics.jsonl").exists():
-        return None
-    model, content = load_checkpoint(path, base.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
-    with reading(path):
-        if model.cfg != base.cfg or content["step"] < 0:
-            raise ValueError("it is of another run")
-        load_moments(optimizer, content["optimizer"])
-        target, text = Policy(*content["target"]), own_solutions(base, s)
-        minibupo.policy_logits(model, text[0], target)  # raises for a target that is not there
-        job = Job(out, model, optimizer, target, text, content["records"], int(content["step"]))
-        inside_table(job.records, target, s), final_table(job.records, s)  # so do records
-    if job.step > s.steps:
-        raise ValueError(f"the run in {out} has done {job.step} steps, more than --steps {s.steps}")
-    return job
-
-
-def take_sizes(s: Settings, given: dict, model: GPT, path):
-    """Set the sizes in s to a base's. Raises ValueError if one given by hand is another."""
-    for name in ("n_layer", "d_model"):
-        size = getattr(model.cfg, name)
-        if given.get(name, size) != size:
-            raise ValueError(f"--{name} {given[name]} does not match {path}, which has {size}")
-        setattr(s, name, size)
-    check_settings(s)
+def parse_options(argv) -> tuple[Settings, bool]:
+    """The settings (file over option over preset over default), and whether to resume."""
+    parser = argparse.ArgumentParser("train_toy.py", allow_abbrev=False)
+    for f in fields(Settings):
+        default = "" if f.default is None else f" (default: {f.default})"
+        options = dict(choices=f.metadata["choices"], help=f.metadata["help"] + default)
+        kind = {int | None: layer_number, str | None: str}.get(f.type, f.type)
+        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, **options)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out_dir")
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    values = (SMOKE if given.get("preset") == "smoke" else {}) | given
+    if given.get("algo") == "grpo":
+        values["s_inter"] = given.get("s_inter", 0)
+    stored = {}  # what a file has settled already: the sizes of a base, or all of a run
+    if resume:
+        if "out_dir" not in given:
+            raise ValueError("--resume needs --out_dir, the directory of the run to go on with")
+        stored = asdict(read_settings(Path(given["out_dir"])))
+        stored |= {name: given[name] for name in ("out_dir", "steps") if name in given}
+    elif "base" in given:
+        cfg = load_model(given["base"]).cfg
+        stored = {"n_layer": cfg.n_layer, "d_model": cfg.d_model}
+    for name, value in stored.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"--{name} {given[name]} does not match what is there, {value}")
+    return Settings(**(values | stored)), resume
 
 
-def records_of(records: list, kind: str) -> list:
-    """The records of one kind."""
-    return [record for record in records if record["kind"] == kind]
+def layer_number(text: str) -> int | None:
+    """A layer of the command line; "auto" is the paper's rule."""
+    return None if text == "auto" else int(text)
 
 
-def preflight(records: list, s: Settings):
-    """Print whether RL has something to work on. Raises ValueError, with the remedy, if not."""
-    tier = records_of(records, "eval")[0]["tiers"][str(s.n)]
-    mixed, right = tier["mixed"], tier["pass@1"]
-    print(f"preflight at n = {s.n}: Pass@1 {right:.3f}, groups with mixed outcomes {mixed:.2f}")
-    if mixed < 0.05:
-        remedy = "shorter problems (--n)" if right < 0.5 else "longer ones (--n), a larger --skip"
-        rare = f"only {mixed:.1%} of the groups have mixed outcomes, next to nothing to learn from"
-        raise ValueError(f"{rare}: try another base (--seed), {remedy}")
-
-
-def inside_table(records: list, target: Policy, s: Settings) -> str:
-    """The base's internal entropies by layer, and what is optimised when."""
-    inside = records_of(records, "internal")[0]
-    lines = [
-        f"\ninternal entropies of the base, in nats (uniform: log V = {math.log(VOCAB_SIZE):.2f})"
-    ]
-    lines.append("layer    H(H^l)  normed    dH_ATTN   dH_FFN  dH_Layer")
-    for l, (raw, normed) in enumerate(zip(inside["layer"], inside["layer_normed"])):
-        changes = [inside[name][l - 1] for name in ("d_attn", "d_mlp", "d_layer")] if l else []
-        mark = "  <- target" if l and l == target.layer and s.s_inter else ""
-        columns = "".join(f"{d:9.2f}" for d in changes)
-        lines.append(f"{l:5d} {raw:9.2f}{normed:8.2f}   {columns}{mark}")
-    phase1 = f"steps 1..{s.s_inter} optimise {target.site} of layer {target.layer}, then pi_theta"
-    lines.append(f"\nBuPO: {phase1}\n" if s.s_inter else "\nGRPO: all steps optimise pi_theta\n")
-    return "\n".join(lines)
-
-
-def final_table(records: list, s: Settings) -> str:
-    """The evaluations before and after RL, by length of problem, with examples."""
-    evaluations, K = records_of(records, "eval"), SAMPLES
-    before, after = evaluations[0], evaluations[-1]
-    columns = f"{f'Avg@{K}':>15}{'right steps':>13}{f'Pass@{K}':>8}{'length':>8} "
-    lines = [
-        f"\n{after['problems']} held-out problems of each length, {K} samples of each, in %",
-        "(+- standard error; right steps: no line is wrong; length in tokens)\n",
-        f"{'':14}|{'before RL':^45}|{'after ' + str(after['step']) + ' steps':^45}",
-        f"{'digits':14}|{columns}|{columns}",
-    ]
-    for n in s.tiers:
-        lines.append(f"n = {n}{' (unseen)' if n > s.n else '':9}")
-        for tier in (before["tiers"][str(n)], after["tiers"][str(n)]):
-            names = (f"avg@{K}", f"avg@{K}_se", "right_steps", f"pass@{K}")
-            avg, error, steps, passed = (100 * (tier[name] or 0) for name in names)
-            lines[-1] += (
-                f"|{avg:8.1f} +-{error:4.1f}{steps:13.1f}{passed:8.1f}{tier['length']:8.1f} "
-            )
-    for when, record in (("before", before), ("after", after)):
-        lines += [f"\n{when}:", *(verdict(*example) for example in record["examples"])]
-    return "\n".join(lines)
-
-
-def verdict(problem: str, response: str) -> str:
-    """A problem, a response to it, and whether the answer is right, in one line."""
-    right = "right" if is_right(problem, response) else f"wrong, it is {careful(problem)[-1]}"
-    return f"  {problem}= {response}   ({right})"
+def pick_device(name: str) -> torch.device:
+    """The device of an option; auto is cuda, else cpu. Raises ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
+        raise ValueError(f"device {name} is not available here")
+    return torch.device(name)
 
 
 # ---- files of a run: config.json, metrics.jsonl, base.pt, phase1.pt, ckpt.pt ----
-
-FORMAT = 2  # of checkpoints
 
 
 @contextmanager
@@ -697,25 +603,18 @@ def reading(path):
     """Around all reading of files: what is wrong with their content becomes one sentence."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:  # torch.load and load_state_dict have one for each kind of damage
-        says = (str(error).splitlines() or [""])[0]
-        what = f"{path} is damaged or none of ours"
-        raise ValueError(f"{what} ({type(error).__name__}: {says})") from error
+        raise ValueError(f"{path} is missing, damaged or does not fit: {error!r}"[:300]) from error
 
 
 def load_checkpoint(path, device="cpu") -> tuple[GPT, dict]:
-    """The model in a checkpoint, and all that the file holds. Raises ValueError or OSError, saying
-    what is wrong with it."""
+    """The model in a checkpoint, and all that the file holds. Raises ValueError or OSError."""
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
         model = GPT(GPTConfig(**content["model_config"]))
         model.load_state_dict(content["model"])
-        if model.vocab_size != VOCAB_SIZE:
-            raise ValueError(f"its vocabulary has {model.vocab_size} tokens, the toy {VOCAB_SIZE}")
+        if content["format"] != 2 or model.vocab_size != VOCAB_SIZE:
+            raise ValueError("it is of another version of this file, or has other OPERATORS")
     return model.to(device), content
 
 
@@ -724,25 +623,12 @@ def load_model(path, device="cpu") -> GPT:
     return load_checkpoint(path, device)[0]
 
 
-def load_moments(optimizer, state: dict):
-    """Restore AdamW's moments; its settings stay. Raises ValueError for moments of another shape,
-    on which the fused step would crash the interpreter."""
-    parameters = optimizer.param_groups[0]["params"]
-    for i, moments in state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != parameters[i].shape or moments["step"].shape != ():
-                raise ValueError(f"moments of parameter {i} have another shape")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
 def save_checkpoint(path: Path, model: GPT, **more):
-    """Write a model and whatever `more` holds, plain types and tensors only. Raises
-    FloatingPointError, and leaves the file as it was, if a weight is not finite."""
+    """Write a model and `more`. Raises FloatingPointError, writing nothing, for NaN or infinity."""
     if not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
         raise FloatingPointError("the weights are no longer finite")
-    config = asdict(model.cfg)
-    content = {"format": FORMAT, "model_config": config, "model": model.state_dict(), **more}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    content = {"format": 2, "model_config": asdict(model.cfg), "model": model.state_dict()}
+    write_atomically(path, lambda temporary: torch.save(content | more, temporary))
 
 
 def save_job(job: Job):
@@ -762,16 +648,26 @@ def write_atomically(path: Path, write):
     """Call write(temporary path), then rename: at no moment is `path` half-written."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
+
+
+def new_directory(s: Settings) -> Path:
+    """The run's directory, made: out_dir, or the first free of out/ALGO-seedSEED, ..-2, ..-3, ..
+    Raises ValueError for an out_dir that holds something."""
+    name = f"out/{s.algo}-seed{s.seed}"
+    names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
+    out = Path(s.out_dir or next(name for name in names if not Path(name).exists()))
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume the run in it")
+    return out
 
 
 def read_settings(run: Path) -> Settings:
-    """The settings in a run's config.json. Raises ValueError for a directory that is no run."""
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} holds no run: it has no config.json")
-    with reading(run / "config.json"):
-        content = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return Settings(**{f.name: content.pop(f.name) for f in fields(Settings)} | content)
+    """The settings in a run's config.json. Raises OSError where there is none, or ValueError."""
+    path = run / "config.json"
+    with reading(path):
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_metrics(run: Path, kind: str) -> list[dict]:
@@ -780,60 +676,32 @@ def read_metrics(run: Path, kind: str) -> list[dict]:
     Whoever takes numbers out of them does so in a `with reading(...)`, too."""
     path = run / "metrics.jsonl"
     with reading(path):
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return records_of(records, kind)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return records_of([json.loads(line) for line in lines], kind)
+
+
+def records_of(records: list, kind: str) -> list:
+    """The records of one kind."""
+    return [record for record in records if record["kind"] == kind]
 
 
 def add_record(records: list, kind: str, **values):
     """Append {"kind": kind, **values}. Raises FloatingPointError for NaN, which is not JSON."""
-    try:
-        json.dumps(values, allow_nan=False)
-    except ValueError:
-        raise FloatingPointError(f"a measurement of step {values['step']} is not finite") from None
+    text = json.dumps(values)
+    if "NaN" in text or "Infinity" in text:
+        raise FloatingPointError(f"a measurement of step {values['step']} is not finite")
     records.append({"kind": kind, **values})
-
-
-def new_directory(s: Settings) -> Path:
-    """The run's directory, made: out_dir, or the first free of out/ALGO-seedSEED, ..-2, ..-3, ..
-
-    Raises ValueError for an out_dir that holds something."""
-    default = f"out/{s.algo}-seed{s.seed}"
-    names = [s.out_dir] if s.out_dir else [default, *(f"{default}-{i}" for i in range(2, 1000))]
-    for out in map(Path, names):
-        if not out.exists() or (s.out_dir and out.is_dir() and not any(out.iterdir())):
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-    raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume the run in it")
-
-
-# ---- devices, main ----
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of an option; auto is cuda, else cpu. Raises ValueError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if not there.get(name):
-        raise ValueError(f"device {name} is not available here")
-    return torch.device(name)
 
 
 def main(argv=None) -> int:
     """Run the command line. Returns 0, 1 for NaN, 2 for bad input, 130 for Ctrl-C."""
-    s = None
     try:
-        s, given, resume = parse_options(argv)
-        if resume:
-            s = resumed_settings(given)
-        run(s, given, resume)
+        s, resume = parse_options(argv)
+        run(s, resume)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train_toy.py: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"train_toy.py: {error}; stopped, the last checkpoint is as it was", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print(f"\nstopped; python train_toy.py --resume --out_dir {s.out_dir}", file=sys.stderr)
         return 130
