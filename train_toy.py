@@ -162,7 +162,6 @@ class Settings:
     d_model: int = option(64, "width of the residual stream", 4)
     skip: float = option(0.5, "share of lines left out of what the base learns from", 0, 1)
     internal_loss: float = option(0.0, "weight of the base's loss on its internal policies", 0, 1e6)
-
     questions: int = option(64, "questions a step of RL", 4)
     group: int = option(8, "responses to each question", 2)
     lr: float = option(5e-4, "learning rate for 30 steps; then it falls as 1 / step", 1e-12, 1e6)
@@ -244,7 +243,7 @@ def pretraining_batch(s: Settings, step: int, device, skip: float, rows=48):
 
 
 def pretraining_loss(model, tokens, response, internal_loss: float):
-    """Cross-entropy of pi_theta on responses, plus internal_loss times that of internal policies."""
+    """Cross-entropy of pi_theta on responses + internal_loss times the internal policies' mean."""
     at, wanted = response[:, 1:], tokens[:, 1:][response[:, 1:]]
     if internal_loss == 0:
         return torch.nn.functional.cross_entropy(model(tokens[:, :-1])[at], wanted)
@@ -286,12 +285,10 @@ def train(s: Settings, job: Job):
     steps = minibupo.bupo(model, optimizer, sample, job.target, s.s_inter, s.steps, start=start)
     for step, policy, _, log in tqdm(steps, s.algo, s.steps, initial=job.step, disable=None):
         job.step, phase = step, "policy" if policy == FULL else "internal"
-        log |= {"phase": phase, **seen}
-        add_record(records, "step", step=step, **log)
+        add_record(records, "step", step=step, **log, phase=phase, **seen)
         if step % 5 == 0:
-            names = ("reward", "policy_entropy", "length", "clip_fraction", "grad_norm")
-            numbers = "  ".join(f"{name} {log[name]:.3f}" for name in names)
-            tqdm.write(f"step {step:4d}  {phase:8}  {numbers}")
+            shown = (f"{name} {seen[name]:.3f}" for name in ("reward", "policy_entropy", "length"))
+            tqdm.write(f"step {step:4d}  {phase:8}  " + "  ".join(shown))
         if step % 5 == 0 or step in (s.s_inter, s.steps):
             add_record(records, "internal", step=step, **means_inside(model, *job.text))
         if step % 30 == 0 or step == s.steps:
@@ -370,10 +367,8 @@ def attempts(model, s: Settings, problems: list[str], samples: int, generator) -
 
 
 def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[dict, list]:
-    """Accuracy on `count` held-out problems of each length in `tiers`, the same ones for one seed.
-
-    Returns measures by length as a string, all explained in docs/reference.md (the standard error
-    "avg@K_se" is None for one problem), and three pairs [problem, response] of length s.n."""
+    """Measures on `count` held-out problems of each length in `tiers`: by length as a string, what
+    docs/reference.md explains; and three pairs [problem, response] of length s.n."""
     results, examples = {}, []
     for n in tiers:
         problems = evaluation_problems(stream(s.seed, f"evaluation, n {n}"), n, count)
@@ -472,20 +467,19 @@ def new_job(s: Settings, out: Path, device) -> Job:
     text = own_solutions(model, s)
     inside = means_inside(model, *text)
     add_record(records, "internal", step=0, **inside)
+    target = pick_target(s, inside["d_mlp"], out / "base.pt")
     print(f"\ninternal entropies of the base, in nats (uniform: {math.log(VOCAB_SIZE):.2f})")
     print("layer   H(H^l)   normed  dH_ATTN   dH_FFN dH_Layer")
     names = ("layer", "layer_normed", "d_attn", "d_mlp", "d_layer")
     columns = [inside[name][-s.n_layer :] for name in names]  # without H^0, which two of them have
     for l, row in enumerate(zip(*columns), 1):
-        print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row))
-    target = pick_target(s, inside["d_mlp"], out / "base.pt")
+        mark = "  <- target" if l == target.layer and s.s_inter else ""
+        print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row) + mark)
     add_evaluation(records, s, model, step=0)
-    tier = records[-1]["tiers"][str(s.n)]
-    print(f"preflight at n = {s.n}: {tier['mixed']:.1%} of problems have mixed outcomes")
-    if tier["mixed"] < 0.05:  # and only from these RL learns
-        hard = tier["pass@1"] < 0.5
-        remedy = "shorter problems (--n)" if hard else "longer ones (--n), a larger --skip"
-        raise ValueError(f"too few mixed outcomes: try another base (--seed), {remedy}")
+    mixed = records[-1]["tiers"][str(s.n)]["mixed"]
+    print(f"preflight at n = {s.n}: {mixed:.1%} of the problems have mixed outcomes\n")
+    if mixed < 0.05:
+        raise ValueError("RL learns from mixed outcomes alone: try another --seed, --n or --skip")
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
     job = Job(out, model, optimizer, target, text, records, step=0)
     save_job(job)
@@ -510,8 +504,7 @@ def resumed_job(s: Settings, out: Path, device) -> Job:
                 raise ValueError("moments of the optimizer have another shape than the weights")
         target, text = Policy(*content["target"]), own_solutions(base, s)
         minibupo.policy_logits(model, text[0], target)  # raises for a target that is not there
-        records = list(content["records"])
-        records_of(records, "step")  # so do records that are none
+        records = [dict(record) for record in content["records"]]
     return Job(out, model, optimizer, target, text, records, content["step"])
 
 
@@ -563,9 +556,8 @@ def parse_options(argv) -> tuple[Settings, bool]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out_dir")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
-    values = (SMOKE if given.get("preset") == "smoke" else {}) | given
-    if given.get("algo") == "grpo":
-        values["s_inter"] = given.get("s_inter", 0)
+    preset = SMOKE if given.get("preset") == "smoke" else {}
+    phases = {"s_inter": 0} if given.get("algo") == "grpo" else {}
     stored = {}  # what a file has settled already: the sizes of a base, or all of a run
     if resume:
         if "out_dir" not in given:
@@ -578,7 +570,7 @@ def parse_options(argv) -> tuple[Settings, bool]:
     for name, value in stored.items():
         if given.get(name, value) != value:
             raise ValueError(f"--{name} {given[name]} does not match what is there, {value}")
-    return Settings(**(values | stored)), resume
+    return Settings(**(preset | phases | given | stored)), resume
 
 
 def layer_number(text: str) -> int | None:
@@ -652,8 +644,7 @@ def write_atomically(path: Path, write):
 
 
 def new_directory(s: Settings) -> Path:
-    """The run's directory, made: out_dir, or the first free of out/ALGO-seedSEED, ..-2, ..-3, ..
-    Raises ValueError for an out_dir that holds something."""
+    """Make the run's directory: out_dir, if it is empty, or the first free out/ALGO-seedSEED-N."""
     name = f"out/{s.algo}-seed{s.seed}"
     names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
     out = Path(s.out_dir or next(name for name in names if not Path(name).exists()))
@@ -671,9 +662,7 @@ def read_settings(run: Path) -> Settings:
 
 
 def read_metrics(run: Path, kind: str) -> list[dict]:
-    """The records of one kind in a run's metrics.jsonl. Raises ValueError for lines that are none.
-
-    Whoever takes numbers out of them does so in a `with reading(...)`, too."""
+    """The records of one kind in a run's metrics.jsonl. Use them in a `with reading(...)`, too."""
     path = run / "metrics.jsonl"
     with reading(path):
         lines = path.read_text(encoding="utf-8").splitlines()
