@@ -296,6 +296,7 @@ def train(s: Settings, job: Job):
         if step == s.s_inter:
             save_checkpoint(job.out / "phase1.pt", model)
         save_job(job)
+    save_job(job)  # for a run that was killed between the two files of its last step
 
 
 def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -> Rollouts:
