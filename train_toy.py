@@ -281,6 +281,7 @@ def train(s: Settings, job: Job):
         seen.update(describe(model, batch, job.target))  # before the step changes the model
         return batch
 
+    save_job(job)  # a resumed one, too, for it may have been killed between its two files
     start = job.step + 1
     steps = minibupo.bupo(model, optimizer, sample, job.target, s.s_inter, s.steps, start=start)
     for step, policy, _, log in tqdm(steps, s.algo, s.steps, initial=job.step, disable=None):
@@ -296,7 +297,6 @@ def train(s: Settings, job: Job):
         if step == s.s_inter:
             save_checkpoint(job.out / "phase1.pt", model)
         save_job(job)
-    save_job(job)  # for a run that was killed between the two files of its last step
 
 
 def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -> Rollouts:
@@ -310,7 +310,7 @@ def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -
 
 def draw_questions(rng, count: int, n: int) -> list[str]:
     """Training problems of 3, 4, .., n digits in shares of 1 : 2 : .. : n - 2, in random order."""
-    sizes = [k for k in range(3, n + 1) for _ in range(k - 2)]
+    sizes = [k for k in range(3, n + 1) for _ in range(k - 2)]  # longer ones take more learning
     problems = [training_problem(rng, sizes[i * len(sizes) // count]) for i in range(count)]
     return rng.sample(problems, count)
 
@@ -336,11 +336,11 @@ def describe(model, batch: Rollouts, target: Policy) -> dict:
     }
     tokens = batch.tokens[::G]
     mask = response_mask(batch.prompt_len[::G], batch.end[::G], tokens.shape[1])
-    at, logp = mask.flatten().nonzero()[:, 0], {}
+    positions, logp = mask.flatten().nonzero()[:, 0], {}
     for name, policy in (("policy", FULL), ("layer", target)):
-        logits = minibupo.policy_logits(model, tokens[:, :-1], policy, at)
+        logits = minibupo.policy_logits(model, tokens[:, :-1], policy, positions)
         log[f"{name}_entropy"] = float(minibupo.entropy(logits).mean())
-        logp[name] = logits.log_softmax(-1).gather(-1, tokens[:, 1:].flatten()[at][:, None])
+        logp[name] = logits.log_softmax(-1).gather(-1, tokens[:, 1:].flatten()[positions, None])
     return log | {"layer_log_ratio": float((logp["layer"] - logp["policy"]).mean())}
 
 
@@ -482,13 +482,11 @@ def new_job(s: Settings, out: Path, device) -> Job:
     if mixed < 0.05:
         raise ValueError("RL learns from mixed outcomes alone: try another --seed, --n or --skip")
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
-    job = Job(out, model, optimizer, target, text, records, step=0)
-    save_job(job)
-    return job
+    return Job(out, model, optimizer, target, text, records, step=0)
 
 
 def resumed_job(s: Settings, out: Path, device) -> Job:
-    """The job in a run's checkpoint. Raises ValueError or OSError for one that does not fit."""
+    """The job in a run's checkpoint. Raises ValueError for one that is damaged or does not fit."""
     base, path = load_model(out / "base.pt", device), out / "ckpt.pt"
     model, content = load_checkpoint(path, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
@@ -593,7 +591,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def reading(path):
-    """Around all reading of files: what is wrong with their content becomes one sentence."""
+    """Around all reading of files: whatever is wrong with them becomes one sentence."""
     try:
         yield
     except Exception as error:  # torch.load and load_state_dict have one for each kind of damage
@@ -601,7 +599,7 @@ def reading(path):
 
 
 def load_checkpoint(path, device="cpu") -> tuple[GPT, dict]:
-    """The model in a checkpoint, and all that the file holds. Raises ValueError or OSError."""
+    """The model in a checkpoint, and all that the file holds. Raises ValueError for damage."""
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**content["model_config"]))
@@ -656,7 +654,7 @@ def new_directory(s: Settings) -> Path:
 
 
 def read_settings(run: Path) -> Settings:
-    """The settings in a run's config.json. Raises OSError where there is none, or ValueError."""
+    """The settings in a run's config.json. Raises ValueError if there are none."""
     path = run / "config.json"
     with reading(path):
         return Settings(**json.loads(path.read_text(encoding="utf-8")))

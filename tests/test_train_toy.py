@@ -202,6 +202,29 @@ def test_evaluation_against_counting_by_hand(base):
     assert examples == [[problems[i], texts[i][0]] for i in range(3)]
 
 
+def test_rewards_and_log_of_a_step_against_counting_by_hand(base):
+    model, s, target = toy.load_model(base), toy.Settings(n=3, questions=16), minibupo.Policy(1)
+    batch = toy.rollouts(s, model, step=1)
+    texts, log = toy.responses(batch), toy.describe(model, batch, target)
+    problems = toy.draw_questions(toy.stream(0, "questions", 1), 16, 3)
+    right = [[float(toy.is_right(p, texts.pop(0))) for _ in range(8)] for p in problems]
+    assert batch.rewards.tolist() == right
+    assert log["reward"] == pytest.approx(sum(map(sum, right)) / 128)
+    assert log["groups_right"] == sum(map(all, right)) / 16
+    assert log["groups_wrong"] == sum(not any(group) for group in right) / 16
+    first = toy.Rollouts(*(x[::8] for x in batch[:3]), batch.rewards)
+    mask = minibupo.response_mask(first.prompt_len, first.end, first.tokens.shape[1])
+    full, inner = (
+        minibupo.token_logprobs(model, first.tokens, mask, p) for p in (toy.FULL, target)
+    )
+    assert log["layer_log_ratio"] == pytest.approx(float((inner - full)[mask].mean()), rel=1e-4)
+    everything = minibupo.look_inside(model, first.tokens, mask)
+    assert log["policy_entropy"] == pytest.approx(
+        float(everything["layer_normed"][-1].mean()), 1e-4
+    )
+    assert log["layer_entropy"] == pytest.approx(float(everything["layer"][1].mean()), rel=1e-4)
+
+
 # ---- runs ----
 
 
@@ -424,23 +447,13 @@ def test_damaged_and_missing_files(copied, capsys, name, content):
     assert str(copied) in one_sentence(capsys) and before == files(copied)
 
 
-@pytest.mark.parametrize(
-    "path, value",
-    [
-        (("optimizer", 0, "exp_avg"), torch.zeros(3)),  # would end the interpreter
-        (("step",), -1),
-        (("target",), [4, "resid_post"]),
-        (("records",), 7),
-        (("format",), 1),
-    ],
-)
-def test_checkpoints_that_do_not_fit_are_refused(copied, capsys, path, value):
-    content = inside = torch.load(copied / "ckpt.pt", weights_only=True)
-    for key in path[:-1]:
-        inside = inside[key]
-    inside[path[-1]] = value
-    torch.save(content, copied / "ckpt.pt")
-    assert run("--resume", "--out_dir", copied) == 2 and one_sentence(capsys)
+def test_checkpoints_that_do_not_fit_are_refused(copied, capsys):
+    whole = torch.load(copied / "ckpt.pt", weights_only=True)
+    moments = whole["optimizer"][0] | {"exp_avg": torch.zeros(3)}  # would end the interpreter
+    misfits = dict(step=-1, target=[4, "resid_post"], records=7, format=1, optimizer={0: moments})
+    for name, value in misfits.items():
+        torch.save(whole | {name: value}, copied / "ckpt.pt")
+        assert run("--resume", "--out_dir", copied) == 2 and one_sentence(capsys), name
 
 
 def test_a_bug_keeps_its_traceback(base, tmp_path, monkeypatch):
