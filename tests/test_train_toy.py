@@ -202,6 +202,7 @@ def test_evaluation_against_counting_by_hand(base):
     assert examples == [[problems[i], texts[i][0]] for i in range(3)]
 
 
+@torch.no_grad()
 def test_rewards_and_log_of_a_step_against_counting_by_hand(base):
     model, s, target = toy.load_model(base), toy.Settings(n=3, questions=16), minibupo.Policy(1)
     batch = toy.rollouts(s, model, step=1)
