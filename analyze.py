@@ -20,7 +20,6 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,9 +137,9 @@ def entropy(subject: Subject, args):
         says = f"no target layer: {error}"
     print(f"{subject.chosen}, {M} response positions: {says}")
     save_text(subject.folder / "entropy.json", json.dumps(summary, indent=1))
-    save_figure(subject.folder / "entropy_flow", draw_flow(found, log_vocab), args.pdf)
+    save_figure(subject.folder / "entropy_flow", draw_flow(found, log_vocab))
     figure = draw_change(found, summary["target_layer"])
-    save_figure(subject.folder / "entropy_change", figure, args.pdf)
+    save_figure(subject.folder / "entropy_change", figure)
 
 
 def draw_flow(found: dict, log_vocab: float):
@@ -195,7 +194,7 @@ def writes(subject: Subject, args):
     curve(ax, 1, found["cos_mlp"], FFN, "FFN")
     ax.set_ylabel("cos(write, stream)")
     ax.legend()
-    save_figure(subject.folder / "writes", figure, args.pdf)
+    save_figure(subject.folder / "writes", figure)
 
 
 # ---- dynamics (Fig. 4, 5, 7) -------------------------------------------------------------------
@@ -219,7 +218,7 @@ def dynamics(subject: Subject, args):
             if s_inter:
                 ax.axvline(s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
             ax.set(title=title, xlabel="step")
-        save_figure(subject.folder / name, figure, args.pdf)
+        save_figure(subject.folder / name, figure)
 
 
 def read_training(subject: Subject) -> dict:
@@ -250,16 +249,10 @@ def read_training(subject: Subject) -> dict:
 
 
 def target_policy(subject: Subject) -> Policy:
-    """The policy of a run's phase 1. For GRPO, to compare it with BuPO, the one that the paper's
-    rule names, or that of the checkpoint where it names none."""
-    content = toy.load_checkpoint(subject.run / "ckpt.pt")[1]
-    with toy.reading(subject.run / "ckpt.pt"):
-        target = Policy(*content["target"])
-        d_mlp = toy.records_of(content["records"], "internal")[0]["d_mlp"]
-    if subject.settings.s_inter == 0:
-        with suppress(ValueError):
-            target = Policy(minibupo.target_layer(d_mlp))
-    return target
+    """The policy of a run's phase 1; of a GRPO run, the one that the paper's rule names."""
+    path = subject.run / "ckpt.pt"
+    with toy.reading(path):
+        return Policy(*toy.load_checkpoint(path)[1]["target"])
 
 
 # ---- lens, sample ------------------------------------------------------------------------------
@@ -285,7 +278,7 @@ def lens(subject: Subject, args):
     page = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
     save_text(subject.folder / "lens.html", page.replace("DATA", text))
     figure = draw_lens(cells[subject.chosen]["raw"], said, data["logV"])
-    save_figure(subject.folder / "lens", figure, args.pdf)
+    save_figure(subject.folder / "lens", figure)
 
 
 @torch.no_grad()
@@ -490,26 +483,28 @@ def curve(ax, first: int, values, colour, label=None):
 
 
 def save_text(path: Path, text: str):
-    """Write a text file, and say so."""
+    """Write a text file, whole or not at all, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    toy.write_text(path, text)
     print(f"wrote {path}")
 
 
-def save_figure(path: Path, figure, pdf=False):
-    """Write a figure as path.png, and as path.pdf if wanted, say so, and close it."""
+def save_figure(path: Path, figure):
+    """Write a figure as path.png, whole or not at all, say so, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "pdf") if pdf else ("png",):
-        figure.savefig(f"{path}.{kind}")
-        print(f"wrote {path}.{kind}")
+    toy.write_atomically(path.with_name(f"{path.name}.png"), partial(figure.savefig, format="png"))
+    print(f"wrote {path}.png")
     plt.close(figure)
 
 
-COMMANDS = {"all": everything, "entropy": entropy, "dynamics": dynamics, "writes": writes}
-COMMANDS |= {"lens": lens, "sample": sample, "step": step}
-OPTIONS = {  # that not every command has
-    **{"entropy": "prompt text", "writes": "prompt text", "lens": "prompt text"},
-    **{"sample": "prompt layer count", "step": "prompt layer responses rewards"},
+COMMANDS = {  # what each does, and the options that not every command has
+    "all": (everything, ()),
+    "entropy": (entropy, ("prompt", "text")),
+    "dynamics": (dynamics, ()),
+    "writes": (writes, ("prompt", "text")),
+    "lens": (lens, ("prompt", "text")),
+    "sample": (sample, ("prompt", "layer", "count")),
+    "step": (step, ("prompt", "layer", "responses", "rewards")),
 }
 
 
@@ -529,7 +524,6 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--rewards", nargs="+", type=float, help="of step: their rewards")
     add("--checkpoint", help="of a run: base, phase1, final, or a file (default: base or final)")
     add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
-    add("--pdf", action="store_true", help="write figures as PDF, too")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", help="of a language model: float32, bfloat16, float16")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -537,7 +531,7 @@ def parse_arguments(argv) -> argparse.Namespace:
     args = parser.parse_intermixed_args(["all", *argv] if is_run else argv)
     for name in ("prompt", "text", "layer", "count", "responses", "rewards"):
         given = getattr(args, name) not in (None, parser.get_default(name))
-        if given and name not in OPTIONS.get(args.command, ""):
+        if given and name not in COMMANDS[args.command][1]:
             parser.error(f"{args.command} has no {name}")
     return args
 
@@ -566,7 +560,7 @@ def main(argv=None) -> int:
     args = parse_arguments(argv)
     try:
         with plt.style.context(STYLE):
-            COMMANDS[args.command](read_subject(args), args)
+            COMMANDS[args.command][0](read_subject(args), args)
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)

@@ -508,14 +508,15 @@ def resumed_job(s: Settings, out: Path, device) -> Job:
 
 
 def pick_target(s: Settings, d_mlp: list, base: Path) -> Policy:
-    """The policy of phase 1. Raises ValueError, with a remedy, where the rule picks nothing."""
-    if s.s_inter == 0:
-        return Policy(s.n_layer - 1)  # of which GRPO's log tells the entropy, and nothing else
+    """The policy of phase 1; of GRPO, which has none, the one that log and figures show as well.
+    Raises ValueError, with a remedy, where phase 1 needs the rule and it picks nothing."""
     if s.layer is not None:
         return Policy(s.layer, s.site)
     try:
         return Policy(minibupo.target_layer(d_mlp), s.site)
     except ValueError as error:
+        if s.s_inter == 0:
+            return Policy(s.n_layer - 1)
         remedy = f"python train_toy.py --base {base} --layer N"
         raise ValueError(f"{error}; choose one: {remedy}") from None
 

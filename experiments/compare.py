@@ -224,11 +224,11 @@ def compare(args):
         analyze.save_text(args.out / "table.md", table)
     if "training" in args.make:
         for name, figure in draw_training(groups).items():
-            analyze.save_figure(args.out / name, figure, args.pdf)
+            analyze.save_figure(args.out / name, figure)
     if "passk" in args.make:
         found = pass_curves(groups, args.problems, args.samples)
         analyze.save_text(args.out / "passk.json", json.dumps(found, indent=1))
-        analyze.save_figure(args.out / "passk", draw_passk(found), args.pdf)
+        analyze.save_figure(args.out / "passk", draw_passk(found))
 
 
 def main(argv=None) -> int:
@@ -241,7 +241,6 @@ def main(argv=None) -> int:
     parser.add_argument("--problems", type=int, default=16, help="held-out problems a length")
     parser.add_argument("--samples", type=int, default=256, help="responses to each of them")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR")
-    parser.add_argument("--pdf", action="store_true", help="write figures as PDF, too")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     args.make = args.make or things
