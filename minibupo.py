@@ -163,7 +163,8 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (questions, 2 or more), not {tuple(rewards.shape)}")
     rewards = at_least_float32(rewards)
-    over, G = (0, 1) if kind == "reinforce++" else 1, rewards.shape[1]
+    G = rewards.shape[1]
+    over = (0, 1) if kind == "reinforce++" else 1  # the whole batch, or a group
     centred = rewards - rewards.mean(over, keepdim=True)
     scale = (G - 1) / G if kind == "rloo" else rewards.std(over, keepdim=True) + eps
     # not "std == 0", which rounding can miss
@@ -286,7 +287,7 @@ def update(
     batches = make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, **options)
     cut_off, norms = 0, []
     for chunks, normalizer in batches:
-        if not chunks:
+        if not chunks:  # all advantages are 0
             continue
         optimizer.zero_grad(set_to_none=True)
         loss, n = add_gradient(model, chunks, policy, clip=clip, normalizer=normalizer, **options)
@@ -315,6 +316,7 @@ def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, ave
     # which rows go where is settled on the CPU, so that a GPU is waited for once and not for each
     prompt_len, end = rollouts.prompt_len.cpu(), rollouts.end.cpu()
     advantages = group_advantages(rollouts.rewards.cpu(), advantage).flatten()  # (N,)
+    scores = advantages.to(device)
     Q, G = rollouts.rewards.shape
     if not 1 <= minibatches <= Q:
         raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
@@ -326,11 +328,11 @@ def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, ave
         rows = rows[end[rows].argsort()]  # like lengths together, so that little is padding
         chunks = []
         for part in rows.split(chunk) if len(rows) else ():  # split makes one part of no rows
-            T = int(end[part].max())
-            mask = response_mask(prompt_len[part], end[part], T).to(device)
-            cut = tokens[part.to(device), :T]
+            T, part = int(end[part].max()), part.to(device)
+            mask = response_mask(rollouts.prompt_len[part], rollouts.end[part], T)
+            cut = tokens[part, :T]
             old_logp = token_logprobs(model, cut, mask, policy, temperature)
-            chunks.append((cut, old_logp, advantages[part].to(device), mask))
+            chunks.append((cut, old_logp, scores[part], mask))
         batches.append((chunks, normalizer))
     return batches
 
@@ -338,8 +340,8 @@ def make_minibatches(model, rollouts, policy, minibatches, advantage, chunk, ave
 def add_gradient(model, chunks, policy, **options):
     """Add the gradient of policy_loss over all chunks to .grad; returns loss and tokens cut off."""
     loss, cut_off = 0.0, 0
-    for chunk in chunks:
-        part, n = policy_loss(model, *chunk, policy, **options)
+    for tokens, old_logp, advantages, mask in chunks:
+        part, n = policy_loss(model, tokens, old_logp, advantages, mask, policy, **options)
         part.backward()
         loss, cut_off = loss + part.detach(), cut_off + n
     return loss, cut_off
@@ -414,7 +416,7 @@ def pass_at_k(n: int, c, k: int):
     c: how many of a problem's n samples are right, or an array of such counts; returns float64 of
     the same shape. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
-    c = np.asarray(c)
+    c = np.asarray(c, dtype=int)
     if not 1 <= k <= n or np.any((c < 0) | (c > n)):
         raise ValueError(f"1 <= k <= n and 0 <= c <= n must hold, not k = {k}, n = {n}, c = {c}")
     return np.array([1 - comb(n - right, k) / comb(n, k) for right in range(n + 1)])[c]
