@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BUGS = Path(__file__).parent.parent / "course" / "bugs"
+BUGS = Path(__file__).parent.parent / "bugs"
 spec = importlib.util.spec_from_file_location("museum", BUGS / "run.py")
 museum = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(museum)

@@ -16,7 +16,7 @@ import minibupo
 import model
 import train_toy
 
-COURSE = Path(__file__).parent.parent / "course"
+COURSE = Path(__file__).parent.parent
 sys.path.insert(0, str(COURSE))
 
 import check  # noqa: E402
