@@ -113,6 +113,19 @@ def min_of_ratios(logp, old_logp, advantage):
     return (min(exp(logp - old_logp), min(max(exp(logp - old_logp), 0.8), 1.2)) * advantage,)
 
 
+def divided_logs(logp, old_logp, advantage):
+    ratio = logp / old_logp
+    return (min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage),)
+
+
+def always_1(logp, old_logp, advantage):
+    return (advantage,)
+
+
+def clip_of_0_2(logp, old_logp, advantages, mask, clip):
+    return loss()(logp, old_logp, advantages, mask)
+
+
 def around_0(logp, old_logp, advantage):
     return objective(logp, old_logp, advantage, low=-0.2, high=0.2)
 
@@ -151,6 +164,17 @@ CONFUSIONS = (
     ),
     Confusion(
         "ratio upside down", loss(upside_down), "Your ratio is pi_old / pi: exp(logp - old_logp)."
+    ),
+    Confusion(
+        "logs divided",
+        loss(divided_logs),
+        "You divide log-probabilities. The ratio of probabilities is exp of their difference.",
+    ),
+    Confusion(
+        "ratio always 1",
+        loss(always_1),
+        "Your ratio is 1 everywhere. logp - logp.detach() is right only before the first step; "
+        "below the line stands old_logp.",
     ),
     Confusion("no exp", loss(log_ratio), "This is the log of the ratio. Take exp of it."),
     Confusion(
@@ -191,6 +215,10 @@ CONFUSIONS = (
     ),
 )
 
+CLIP_CONFUSIONS = (
+    Confusion("clip ignored", clip_of_0_2, "You clip at 0.2, whatever the argument `clip` says."),
+)
+
 GRADIENT_CONFUSIONS = (
     Confusion(
         "no gradient flows",
@@ -204,3 +232,6 @@ def check(answer, quick=False):
     inputs = list(cases())
     check_function(answer, "clipped_loss", inputs, loss(), CONFUSIONS)
     check_function(answer, "clipped_loss", inputs, gradient, GRADIENT_CONFUSIONS, through)
+    args = (*inputs[0].args, 0.1)  # of ratio 1.5 and advantage 1
+    narrow = [Case("one token, ratio 1.5, advantage 1, clip 0.1", args)]
+    check_function(answer, "clipped_loss", narrow, lambda *_: torch.tensor(-1.1), CLIP_CONFUSIONS)

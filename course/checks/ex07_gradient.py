@@ -94,8 +94,8 @@ def misunderstanding(row: str, column: str, wanted: int) -> str:
 SAYS = {
     "above": "Nothing above the policy's layer is computed for it, so there is no gradient. A "
     "gradient runs down from the vector that is unembedded, not up.",
-    "below": "You have only the policy's own layer learn. H^2 is a sum of what all layers up to 2 "
-    "wrote, so a gradient runs down through all of them.",
+    "below": "A gradient runs down from the vector that is unembedded through all that it was made "
+    "of: what the module read, and so what all layers below have written.",
     "final norm": "An internal policy has no final norm. With it, it would be the logit lens.",
     "E_u": "E_u makes the logits of every policy, wherever it is read. So it learns in phase 1, "
     "too, and changes pi_theta by that.",

@@ -13,6 +13,8 @@ response. prompt_len: tokens of the prompt; end: one past the last token of the 
 Work out the row above on paper first. A response that was cut off has no <eos>, and end = T.
 """
 
+import torch  # noqa: F401
+
 
 def response_mask(prompt_len: int, end: int, T: int):
     raise NotImplementedError

@@ -12,6 +12,8 @@ On paper first: which of the two is the smaller one for advantage 1 and ratio 1.
 advantage -1? In which of these four corners is the gradient 0?
 """
 
+import torch  # noqa: F401
+
 
 def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):
     raise NotImplementedError

@@ -11,6 +11,8 @@ resid_post?), model.embed(tokens) and model.unembed(h).
 tokens (B, T); l is 0..L in layer_logits, 1..L in module_logits; module is "attention" or "ffn".
 """
 
+import torch  # noqa: F401
+
 
 def layer_logits(model, tokens, l):
     raise NotImplementedError

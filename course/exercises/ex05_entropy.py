@@ -10,6 +10,8 @@ for 8 equal logits, and for one logit that is far above the others?
    Compare the two in the print of model.trace(tokens) before you decide.
 """
 
+import torch  # noqa: F401
+
 
 def entropy(logits):
     raise NotImplementedError

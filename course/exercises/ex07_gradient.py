@@ -12,6 +12,8 @@ what attention of layer 2 writes, FFN 3 that of what the FFN of layer 3 writes (
 column embeddings are tied: one matrix is the embedding and E_u. In the others they are two.
 """
 
+import torch  # noqa: F401
+
 PREDICTION = """
               pi_theta   Layer 2   ATTN 2   FFN 3   Layer 2, tied
 embedding        ?          ?        ?        ?           ?

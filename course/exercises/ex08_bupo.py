@@ -8,8 +8,11 @@
 2. bupo(model, optimizer, sample, target, s_inter, steps): steps 1..steps of Algorithm 1. A step
    samples, sample(step), and improves: the policy `target` for the first s_inter steps, then FULL.
 The check compares your weights after each step with its own, on a small model, then trains
-course/base.pt (about a minute) to 90 % at n = 3. Read the docstrings of the pieces first.
+course/base.pt (about a minute) to 90 % at n = 3. Read the docstrings of the pieces first, and leave
+out what else the library does: it yields each step, and resets AdamW's moments between the phases.
 """
+
+import torch  # noqa: F401
 
 
 def improve(model, optimizer, rollouts, policy):

@@ -5,8 +5,8 @@
    model.truncated(l) is pi_Layer^l as a model of its own; train_toy.respond samples (with
    `settings`), responses gives texts, is_right judges. Predict the order before you look.
 2. pi_Layer^L comes out far above pi_theta, though both read the same H^L. Why? Look for it:
-   matching_temperature(model, tokens, mask): the T at which pi_theta = softmax(logits / T) has the
-   same mean entropy, over the positions of mask, as pi_Layer^L has at temperature 1.
+   matching_temperature(model, tokens, mask): the temperature of pi_theta with the same mean
+   entropy as pi_Layer^L at temperature 1, at the positions of mask (tokens (N, T), mask (N, T-1)).
 3. WHY: the letter of the explanation below that your numbers bear out.
 """
 

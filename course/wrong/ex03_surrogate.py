@@ -94,6 +94,22 @@ def library(logp, old_logp, advantages, mask, clip=0.2):
     return minibupo.surrogate(logp, old_logp, advantages, mask, clip=clip)[0]
 
 
+def logs_divided(logp, old_logp, advantages, mask, clip=0.2):
+    ratio = logp / old_logp
+    both = ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None]
+    return -torch.minimum(*both)[mask].mean()
+
+
+def ratio_always_1(logp, old_logp, advantages, mask, clip=0.2):
+    return -torch.minimum(*pieces(logp, logp.detach(), advantages))[mask].mean()
+
+
+def clip_ignored(logp, old_logp, advantages, mask, clip=0.2):
+    ratio = (logp - old_logp).exp()
+    both = ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None]
+    return -torch.minimum(*both)[mask].mean()
+
+
 def in_place(logp, old_logp, advantages, mask, clip=0.2):
     old_logp.copy_(torch.where(mask, old_logp, 0.0))
     return -torch.minimum(*pieces(logp, old_logp, advantages))[mask].mean()
@@ -106,6 +122,9 @@ WRONG = [
     ("clipped_loss", objective, "sign"),
     ("clipped_loss", upside_down, "ratio upside down"),
     ("clipped_loss", no_exp, "no exp"),
+    ("clipped_loss", logs_divided, "logs divided"),
+    ("clipped_loss", ratio_always_1, "ratio always 1"),
+    ("clipped_loss", clip_ignored, "clip ignored"),
     ("clipped_loss", min_of_ratios, "min of ratios"),
     ("clipped_loss", around_0, "around 0"),
     ("clipped_loss", no_ratio, "no ratio"),
