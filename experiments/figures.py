@@ -34,6 +34,7 @@ ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row 
         "BuPO, rule, s_inter 20": "phase 1 of 20 steps",
     },
     "C2": {
+        "GRPO, above rule frozen": "only freezing above the rule's layer",
         "GRPO, above 3 frozen": "only freezing above layer 3",
         "GRPO, above 5 frozen": "only freezing above layer 5",
         "GRPO, moments reset at 5": "only the optimizer's reset",
@@ -59,13 +60,13 @@ def forest(lines: list[dict]):
     for colour, rows in ROWS.items():
         for arm, label in rows.items():
             d = study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
-            if len(d) > 1:
+            if len(d) >= 5:  # an interval from fewer says nothing
                 mean, half = study.interval(d)
                 ax.errorbar(mean, -len(labels), xerr=half, fmt="o", color=colour, capsize=2)
                 labels.append(f"{label}  ({len(d)})")
     ax.axvline(0, color="0.45", linewidth=0.8)
     ax.set_yticks([-i for i in range(len(labels))], labels)
-    ax.set_xlabel("arm - control: accuracy over the run, points  (number of bases)")
+    ax.set_xlabel("accuracy over the run, difference in points  (bases)")
     save(figure, "study_effects.png")
 
 
