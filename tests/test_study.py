@@ -4,7 +4,6 @@ CI."""
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import train_toy as toy
 from experiments import mechanism, ppo, study
@@ -33,6 +32,7 @@ def test_differences_are_of_pairs_and_intervals_over_bases():
     lines += [line("BuPO, rule", 73, 500, 0.9)]  # has no partner
     found = study.differences(lines, "BuPO, rule", lambda a, b: study.area(a) - study.area(b))
     assert found == pytest.approx([20, 40, 60])
+    stats = pytest.importorskip("scipy.stats", reason="needs the extra bench")
     half = stats.t.interval(0.95, 2, scale=20 / 3**0.5)[1]
     assert study.interval(found) == pytest.approx((40, half))
 
