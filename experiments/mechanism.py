@@ -24,7 +24,14 @@ sys.path.insert(0, str(ROOT))
 import train_toy as toy  # noqa: E402
 from experiments import study  # noqa: E402
 from experiments.seeds import read_lines, run_missing  # noqa: E402
-from minibupo import FULL, Policy, bupo, group_advantages, policy_logits, response_mask  # noqa: E402
+from minibupo import (  # noqa: E402
+    FULL,
+    Policy,
+    bupo,
+    group_advantages,
+    policy_logits,
+    response_mask,
+)
 
 RESULTS = ROOT / "experiments" / "results" / "mechanism.jsonl"
 SEED, BATCHES, STEPS = 600, 3, (0, 5, 20, 60)
@@ -86,8 +93,9 @@ def measure(model, rollouts, generator) -> dict:
     full = gradient(model, FULL, batch, A)
     halves = [gradient(model, FULL, batch, A * half) for half in (first_half, 1 - first_half)]
     found = {"GRPO's halves": [cosine(halves[0][:l], halves[1]) for l in range(1, len(full) + 1)]}
+    views = readouts(model, batch)
     for l in range(1, model.n_layer + 1):
-        for name, readout in readouts(model, batch).items():
+        for name, readout in views.items():
             model.unembed = lambda h, readout=readout: type(model).unembed(model, readout(h))
             internal = gradient(model, Policy(l), batch, A)
             del model.unembed

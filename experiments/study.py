@@ -196,11 +196,10 @@ def differences(lines: list[dict], name: str, difference) -> list[float]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % t-interval of independent values."""
-    from scipy.stats import t  # of the extra `bench`
+    """Mean and half width of the 95 % t-interval of independent values, two or more."""
+    from experiments.compare import mean_interval  # here, since it needs the extra `bench`
 
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(half)
+    return mean_interval(values)
 
 
 def report(lines: list[dict]) -> str:

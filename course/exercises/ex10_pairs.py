@@ -47,10 +47,8 @@ def accuracy_over_run(algorithm, seed) -> float:
     s = train_toy.Settings(n=3, questions=32, seed=seed)
     model = train_toy.load_model(Path(__file__).resolve().parents[1] / "base.pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    found, run = (
-        [],
-        algorithm(model, optimizer, lambda step: train_toy.rollouts(s, model, step), STEPS),
-    )
+    run = algorithm(model, optimizer, lambda step: train_toy.rollouts(s, model, step), STEPS)
+    found = []
     for step, _ in enumerate(run, 1):
         if step % 5 == 0:
             found.append(100 * train_toy.evaluate(model, s, [3], 64)[0]["3"]["avg@8"])
