@@ -27,9 +27,7 @@ class GPTConfig:
     n_layer: int = 6
     d_model: int = 64
     n_head: int = 4
-    n_kv_head: int | None = (
-        None  # heads for keys and values, shared by the query heads; None: n_head
-    )
+    n_kv_head: int | None = None  # of keys and values, each shared by query heads; None: n_head
     head_dim: int | None = None  # None: d_model / n_head
     d_mlp: int | None = None  # hidden width of SwiGLU; None: 3 d_model
     qk_norm: bool = True  # RMSNorm on each head's queries and keys, as in Qwen3
@@ -41,16 +39,7 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.d_mlp = 3 * self.d_model if self.d_mlp is None else self.d_mlp
-        sizes = (
-            "vocab_size",
-            "context_length",
-            "n_layer",
-            "d_model",
-            "n_head",
-            "n_kv_head",
-            "d_mlp",
-        )
-        for name in sizes:
+        for name in "vocab_size context_length n_layer d_model n_head n_kv_head d_mlp".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.head_dim is None:
@@ -185,17 +174,16 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.lm_head = nn.Linear(
-            cfg.d_model, cfg.vocab_size, bias=False
-        )  # its weight is E_u (V, d)
+        # its weight is E_u (V, d)
+        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 # the two matrices that write to the stream start smaller, or depth would inflate it
                 writes = name.endswith(("out.weight", "down.weight"))
-                depth = (2 * cfg.n_layer) ** -0.5 if writes else 1.0
-                nn.init.normal_(parameter, std=cfg.d_model**-0.5 * depth)
+                scale = (2 * cfg.n_layer) ** -0.5 if writes else 1.0
+                nn.init.normal_(parameter, std=scale * cfg.d_model**-0.5)
         if cfg.tied:
             self.lm_head.weight = self.embed.weight
         cos, sin = rope_table(cfg)
@@ -263,11 +251,7 @@ class GPT(nn.Module):
         its own tokens until that ends. So every row has its true positions and nothing needs to be
         masked. Raises ValueError for a sequence that outgrows the context, or other bad input.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+        self._check_sampling(max_new_tokens, num_samples, temperature, pad_id)
         prompt, prompt_len = self._check_prompt(prompt, prompt_len, max_new_tokens, pad_id)
         device, start = prompt.device, int(prompt_len.min())
         total = prompt.shape[1] + max_new_tokens
@@ -278,26 +262,22 @@ class GPT(nn.Module):
 
         # Prefill each prompt once, up to where the shortest ends. Its cache serves all its samples.
         cache = self._empty_cache(len(prompt), total)
-        logits = self._next_logits(prompt[:, :start], cache, 0).repeat_interleave(
-            num_samples, dim=0
-        )
+        logits = self._next_logits(prompt[:, :start], cache, 0)
+        logits = logits.repeat_interleave(num_samples, dim=0)
         cache = cache.repeat_interleave(num_samples, dim=2)
         rows = torch.arange(N, device=device)  # the rows that still run
 
         for t in range(start, total):  # choose token t
             token = sample(logits, temperature, generator)
-            responds = (t >= prompt_len[rows]) & (
-                t < end[rows]
-            )  # else still in the prompt, or ended
+            # other rows are still in their prompt, or have ended
+            responds = (t >= prompt_len[rows]) & (t < end[rows])
             token = torch.where(responds, token, tokens[rows, t])
             tokens[rows, t] = token
             if eos_id is not None:
                 end[rows] = torch.where(responds & (token == eos_id), t + 1, end[rows])
             if t + 1 == total:
                 break
-            if (
-                t % 4 == 0
-            ):  # drop rows that ended; only now and then, for a GPU has to be waited for
+            if t % 4 == 0:  # now and then, since the host waits for a GPU: drop rows that ended
                 keep = (end[rows] > t + 1).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
@@ -333,9 +313,8 @@ class GPT(nn.Module):
         """The layer as an int. Raises ValueError unless it is a whole number in lowest..L."""
         number = operator.index(layer) if hasattr(layer, "__index__") else -1
         if not lowest <= number <= self.n_layer:
-            raise ValueError(
-                f"layer must be in {lowest}..{self.n_layer}, not {layer} (0: embedding)"
-            )
+            allowed = f"{lowest}..{self.n_layer}"
+            raise ValueError(f"layer must be in {allowed}, not {layer} (0: embedding)")
         return number
 
     def _check_tokens(self, tokens):
@@ -350,10 +329,18 @@ class GPT(nn.Module):
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary, 0..{self.vocab_size - 1}")
 
-    def _check_prompt(self, prompt, prompt_len, max_new_tokens: int, pad_id: int):
-        """The prompt, as wide as its longest row and padded with pad_id, and all lengths (Q,)."""
+    def _check_sampling(self, max_new_tokens: int, num_samples: int, temperature: float, pad_id):
+        """Raise ValueError for options of `generate` that cannot be."""
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
         if not 0 <= pad_id < self.vocab_size:
             raise ValueError(f"pad_id {pad_id} is outside the vocabulary, 0..{self.vocab_size - 1}")
+
+    def _check_prompt(self, prompt, prompt_len, max_new_tokens: int, pad_id: int):
+        """The prompt, as wide as its longest row and padded with pad_id, and all lengths (Q,)."""
         if prompt.dim() == 2 and prompt_len is not None:
             Q, P = prompt.shape
             prompt_len = torch.as_tensor(prompt_len, device=prompt.device)
