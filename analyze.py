@@ -98,8 +98,7 @@ def looked_at(subject: Subject, model, args):
     tokens = torch.tensor([ids], device=model.device)
     if args.text is None:
         tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
-    T = tokens.shape[1]
-    mask = response_mask(torch.tensor([prompt_len]), torch.tensor([T]), T).to(model.device)
+    mask = torch.arange(1, tokens.shape[1], device=model.device)[None] >= prompt_len
     if not mask.any():
         raise ValueError("there is no response to look at")
     return tokens, mask
@@ -136,10 +135,9 @@ def entropy(subject: Subject, args):
     except ValueError as error:
         says = f"no target layer: {error}"
     print(f"{subject.chosen}, {M} response positions: {says}")
-    save_text(subject.folder / "entropy.json", json.dumps(summary, indent=1))
-    save_figure(subject.folder / "entropy_flow", draw_flow(found, log_vocab))
-    figure = draw_change(found, summary["target_layer"])
-    save_figure(subject.folder / "entropy_change", figure)
+    save(subject.folder / "entropy.json", json.dumps(summary, indent=1))
+    save(subject.folder / "entropy_flow.png", draw_flow(found, log_vocab))
+    save(subject.folder / "entropy_change.png", draw_change(found, summary["target_layer"]))
 
 
 def draw_flow(found: dict, log_vocab: float):
@@ -194,7 +192,7 @@ def writes(subject: Subject, args):
     curve(ax, 1, found["cos_mlp"], FFN, "FFN")
     ax.set_ylabel("cos(write, stream)")
     ax.legend()
-    save_figure(subject.folder / "writes", figure)
+    save(subject.folder / "writes.png", figure)
 
 
 # ---- dynamics (Fig. 4, 5, 7) -------------------------------------------------------------------
@@ -218,7 +216,7 @@ def dynamics(subject: Subject, args):
             if s_inter:
                 ax.axvline(s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
             ax.set(title=title, xlabel="step")
-        save_figure(subject.folder / name, figure)
+        save(subject.folder / f"{name}.png", figure)
 
 
 def read_training(subject: Subject) -> dict:
@@ -276,9 +274,9 @@ def lens(subject: Subject, args):
     # "<" as an escape, so that no token can end the script that the data stands in
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
-    save_text(subject.folder / "lens.html", page.replace("DATA", text))
+    save(subject.folder / "lens.html", page.replace("DATA", text))
     figure = draw_lens(cells[subject.chosen]["raw"], said, data["logV"])
-    save_figure(subject.folder / "lens", figure)
+    save(subject.folder / "lens.png", figure)
 
 
 @torch.no_grad()
@@ -370,20 +368,20 @@ def step(subject: Subject, args):
     numbers2, tokens2 = one_step(copy.deepcopy(model), rollouts, FULL, lr)
 
     words = [[subject.word(i) for i in row] for row in rollouts.tokens.tolist()]
-    starts, ends = rollouts.prompt_len.tolist(), rollouts.end.tolist()
+    P, ends = int(rollouts.prompt_len[0]), rollouts.end.tolist()
     advantages = minibupo.group_advantages(rollouts.rewards)[0]
-    lines = [f"question {''.join(words[0][: starts[0]])}", "", "reward  advantage   response"]
-    for i, (R, A) in enumerate(zip(rollouts.rewards[0], advantages)):
-        lines.append(f"{R:6g}{A:+11.3f}   {''.join(words[i][starts[i] : ends[i]])}")
+    lines = [f"question {''.join(words[0][:P])}", "", "reward  advantage   response"]
+    for R, A, row, end in zip(rollouts.rewards[0], advantages, words, ends):
+        lines.append(f"{R:6g}{A:+11.3f}   {''.join(row[P:end])}")
     lines.append("")
     for label in numbers1:
         lines.append(f"{label:35}{numbers1[label]:>26}{numbers2[label]:>26}".rstrip())
     for i in (int(advantages.argmax()), int(advantages.argmin())):  # a best and a worst response
         lines += ["", "token     advantage" + "    old log p  new log p     ratio  cut off" * 2]
-        for t in range(starts[i] - 1, ends[i] - 1):
+        for t in range(P - 1, ends[i] - 1):
             lines.append(f"{words[i][t + 1]:10}{advantages[i]:+9.3f}{tokens1[i, t]}{tokens2[i, t]}")
     text = "\n".join([*lines, WHY])
-    save_text(subject.folder / "step.txt", text)
+    save(subject.folder / "step.txt", text)
     if args.command == "step":
         print(text)
 
@@ -482,19 +480,15 @@ def curve(ax, first: int, values, colour, label=None):
     ax.set_xlabel("layer" if first else "layer (0: embedding)")
 
 
-def save_text(path: Path, text: str):
-    """Write a text file, whole or not at all, and say so."""
+def save(path: Path, content):
+    """Write a text or a figure, whole or not at all, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    toy.write_text(path, text)
+    if isinstance(content, str):
+        toy.write_text(path, content)
+    else:
+        toy.write_atomically(path, partial(content.savefig, format="png"))
+        plt.close(content)
     print(f"wrote {path}")
-
-
-def save_figure(path: Path, figure):
-    """Write a figure as path.png, whole or not at all, say so, and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    toy.write_atomically(path.with_name(f"{path.name}.png"), partial(figure.savefig, format="png"))
-    print(f"wrote {path}.png")
-    plt.close(figure)
 
 
 COMMANDS = {  # what each does, and the options that not every command has

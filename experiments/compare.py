@@ -221,14 +221,14 @@ def compare(args):
     if "table" in args.make:
         table = result_table(groups)
         print(table)
-        analyze.save_text(args.out / "table.md", table)
+        analyze.save(args.out / "table.md", table)
     if "training" in args.make:
         for name, figure in draw_training(groups).items():
-            analyze.save_figure(args.out / name, figure)
+            analyze.save(args.out / f"{name}.png", figure)
     if "passk" in args.make:
         found = pass_curves(groups, args.problems, args.samples)
-        analyze.save_text(args.out / "passk.json", json.dumps(found, indent=1))
-        analyze.save_figure(args.out / "passk", draw_passk(found))
+        analyze.save(args.out / "passk.json", json.dumps(found, indent=1))
+        analyze.save(args.out / "passk.png", draw_passk(found))
 
 
 def main(argv=None) -> int:
