@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.language_models import fetch  # noqa: E402
-from experiments.seeds import machine, read_lines, run_missing  # noqa: E402
+from experiments.seeds import machine, read_lines, run_missing, save_report  # noqa: E402
 from experiments.study import interval  # noqa: E402
 from hf.adapter import encode_text, load  # noqa: E402
 from hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
@@ -248,13 +248,19 @@ def main(what: str, name: str):
             for arm in arms(name)
         ]
     at_once = 1 if name == "qwen" else 2  # in training Qwen takes 11 GB
-    lines = [line for line in run_missing(results, jobs, at_once) if line["model"] == name]
-    print(table_of_cosines(lines) if what == "cosines" else table_of_pairs(lines))
+    lines = run_missing(results, jobs, at_once)
+    over = "batches" if what == "cosines" else "seeds, in points"
+    texts = [f"`python experiments/lm_study.py {what}`; ± half of the 95 % interval over {over}"]
+    for model in TASKS:
+        of_it = [line for line in lines if line["model"] == model]
+        if of_it:
+            table = table_of_cosines(of_it) if what == "cosines" else table_of_pairs(of_it)
+            texts.append(f"## {model}\n\n{table}")
+    save_report(results, "\n\n".join(texts))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["cosines"], ["pairs"]) or sys.argv[2:] not in (
-        [["smollm2"], ["qwen"]]
-    ):
+    what, model = sys.argv[1:] if len(sys.argv) == 3 else ("", "")
+    if what not in ("cosines", "pairs") or model not in TASKS:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(what, model)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_toy as toy  # noqa: E402
 from experiments import study  # noqa: E402
-from experiments.seeds import read_lines, run_missing  # noqa: E402
+from experiments.seeds import read_lines, run_missing, save_report  # noqa: E402
 from minibupo import (  # noqa: E402
     FULL,
     Policy,
@@ -195,15 +195,26 @@ def correlation(points: list[tuple]) -> tuple[float, float, float]:
     return float(all_of_them), *map(float, np.quantile(found, (0.025, 0.975)))
 
 
+def report(lines: list[dict], runs: list[dict]) -> str:
+    """All tables, and how well the cosine at the base predicts the effect of phase 1."""
+    texts = [f"`python experiments/mechanism.py`: cosines over the blocks 1..l, {BATCHES} batches"]
+    texts[0] += " of 32 x 8 each; mean ± half of the 95 % interval over bases."
+    for W, step in [(0, step) for step in STEPS] + [(W, 0) for W in study.WEIGHTS]:
+        if sum(line["W"] == W for line in lines) > 1:
+            texts.append(table(lines, W, step))
+    points = prediction(lines, runs)
+    said = (
+        "Cosine and effect: {} points of {} bases, Spearman's correlation {:.2f} ({:.2f} to {:.2f})"
+    )
+    bases = len({base for base, *_ in points})
+    return "\n\n".join([*texts, said.format(len(points), bases, *correlation(points))])
+
+
 def main():
-    """Measure what is missing; print the tables and the correlation."""
+    """Measure what is missing; write the tables and the correlation."""
     pairs = [(base, W) for W in (0, *study.WEIGHTS) for base in study.BASES]
     lines = run_missing(RESULTS, [({"base": b, "W": W}, run, b, W) for b, W in pairs])
-    for W, step in [(0, step) for step in STEPS] + [(W, 0) for W in study.WEIGHTS]:
-        print(table(lines, W, step), end="\n\n")
-    points = prediction(lines, read_lines(study.RESULTS))
-    print(f"{len(points)} points of {len({p[0] for p in points})} bases;", end=" ")
-    print("Spearman's correlation {:.2f} ({:.2f} to {:.2f})".format(*correlation(points)))
+    save_report(RESULTS, report(lines, read_lines(study.RESULTS)))
 
 
 if __name__ == "__main__":

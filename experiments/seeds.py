@@ -146,6 +146,12 @@ def run_missing(results: Path, jobs: list[tuple], at_once=2) -> list[dict]:
     return lines
 
 
+def save_report(results: Path, text: str):
+    """Print a text, and write it beside the results that it is about."""
+    results.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def main():
     """Run what has no line in the results yet; print both tables."""
     jobs = [({"kind": "run", "seed": seed}, main_job, seed) for seed in RUNS]

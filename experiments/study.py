@@ -18,6 +18,7 @@ import argparse
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 import minibupo  # noqa: E402
 import train_toy as toy  # noqa: E402
 from experiments import ppo  # noqa: E402
-from experiments.seeds import base_model, run_missing  # noqa: E402
-from minibupo import FULL, Policy  # noqa: E402
+from experiments.seeds import base_model, run_missing, save_report  # noqa: E402
+from minibupo import FULL, Policy, bupo  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "study.jsonl"
 RULE = "rule"  # the layer of the paper's rule on that base
@@ -145,11 +146,9 @@ def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
             model.unembed = lambda h: type(model).unembed(model, model.final_norm(h))
         return batch
 
-    train, options = minibupo.bupo, dict(advantage=arm.advantage)
-    if arm.advantage == "ppo":
-        train, options = ppo.bupo, {}
+    train = ppo.bupo if arm.advantage == "ppo" else partial(bupo, advantage=arm.advantage)
     since = time.process_time()
-    for step, _, batch, _ in train(model, optimizer, sample, target, s_inter, s.steps, **options):
+    for step, _, batch, _ in train(model, optimizer, sample, target, s_inter, s.steps):
         seconds += time.process_time() - since
         vars(model).pop("unembed", None)
         if arm.change == "moments kept":
@@ -208,16 +207,18 @@ def report(lines: list[dict]) -> str:
         key: lambda line, control, read=read: read(line) - read(control)
         for key, read in MEASURES.items()
     } | {"at equal time": at_equal_time}
-    rows = ["| arm - control | bases | " + " | ".join(contrasts) + " |"]
+    head = (
+        "runs of `python experiments/study.py`; ± half of the 95 % interval over bases, in points"
+    )
+    rows = [f"{len(lines)} of {len(plan())} {head}\n"]
+    rows.append("| arm - control | bases | " + " | ".join(contrasts) + " |")
     rows.append("|" + "---|" * (2 + len(contrasts)))
     for name, arm in ARMS.items():
         found = [differences(lines, name, contrast) for contrast in contrasts.values()]
         if found[0]:
-            several = len(found[0]) > 1
-            cells = [
-                "{:+.1f} ± {:.1f}".format(*interval(d)) if several else f"{d[0]:+.1f}"
-                for d in found
-            ]
+            cells = [f"{d[0]:+.1f}" for d in found]
+            if len(found[0]) > 1:
+                cells = ["{:+.1f} ± {:.1f}".format(*interval(d)) for d in found]
             rows.append(f"| {name} - {arm.control} | {len(found[0])} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -241,7 +242,7 @@ def main():
         jobs.append((key, run, name, seed, path, sizes))
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(make_base, bases, bases.values()))
-    print(report(run_missing(results, jobs)))
+    save_report(results, report(run_missing(results, jobs)))
 
 
 if __name__ == "__main__":
