@@ -67,6 +67,7 @@ def has_right_steps(expression: str, response: str) -> bool:
     """Whether each line of a response follows from the one before. This is not rewarded."""
     lines = [expression, *response.removesuffix("<eos>").split("=")]
     ended = response.endswith("<eos>") and len(lines[-1]) == 1
+    # `all` stops at the first wrong line, so `careful` gets nothing but right ones
     return ended and all(after in careful(before)[1:] for before, after in zip(lines, lines[1:]))
 
 
@@ -90,7 +91,7 @@ def training_problem(rng, n: int) -> str:
 
 
 def stream(seed: int, purpose: str, step: int = 0) -> random.Random:
-    """The random numbers of one purpose at one step. No two keys share theirs."""
+    """The random numbers of one purpose at one step. No two (seed, purpose, step) share theirs."""
     return random.Random(f"{purpose}, seed {seed}, step {step}")
 
 
@@ -196,9 +197,10 @@ SAMPLES = 8  # responses to each problem of an evaluation
 def pretrain(s: Settings, model, records: list, max_steps=1500, lr=4e-3):
     """Teach the base model until it knows single operations. Appends a record every 50 steps.
 
-    Solutions are careful until most operations are known, then get sloppy over 200 steps. While any
-    line may follow, several tokens are right, and operations are learned more slowly, or never. The
-    number of steps is not fixed: seeds differ in when they know enough for RL to improve."""
+    Solutions are careful until most operations are known, then get sloppy over 200 steps. In sloppy
+    text the next line may be any later one. So several tokens are right at once, and operations are
+    learned slowly or never. The number of steps is not fixed: seeds differ in when they know enough
+    for RL to improve."""
     options = dict(weight_decay=0.1, betas=(0.9, 0.98), fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     known, learned = 0.0, None  # learned: the step at which most operations were known
@@ -236,6 +238,7 @@ def pretraining_batch(s: Settings, step: int, device, skip: float, rows=48):
             prompt, response = encode(problem + "="), encode("=".join(lines) + "<eos>")
             row += prompt + response
             mark += [False] * len(prompt) + [True] * len(response)
+        # longest prompt and response of an evaluation: no later position is ever used
         T = 2 * (s.n + 1) + s.response_limit
         tokens.append(row[:T])
         marks.append(mark[:T])
@@ -272,7 +275,7 @@ class Job:
 def train(s: Settings, job: Job):
     """The steps of Algorithm 1 that are left, with log, evaluations, looks inside, checkpoints."""
     model, optimizer, records = job.model, job.optimizer, job.records
-    seen = {}  # in the rollouts of a step
+    seen = {}  # of this step's rollouts: sample fills it, the loop logs it
 
     def sample(step):
         # smaller steps late, when a handful of mixed groups decides on the gradient
@@ -325,7 +328,7 @@ def respond(model, s: Settings, problems: list[str], samples: int, generator):
 @torch.no_grad()
 def describe(model, batch: Rollouts, target: Policy) -> dict:
     """What a step's log says of its rollouts. Entropies (nats, temperature 1) and the mean of
-    log(pi_target / pi_theta), how far phase 1 is off-policy, are taken on one response a group."""
+    log(pi_target / pi_theta), how far phase 1 is off-policy, are of each group's first response."""
     right, G = batch.rewards.mean(1), batch.rewards.shape[1]
     log = {
         "reward": float(right.mean()),
@@ -350,7 +353,7 @@ def describe(model, batch: Rollouts, target: Policy) -> dict:
 def evaluation_problems(rng, n: int, count: int) -> list[str]:
     """`count` different held-out problems of n digits. Raises ValueError for more than it has."""
     if n < 3 or count > 1000:
-        raise ValueError(f"there are 1000 problems of 3 digits or more, not {count} of {n}")
+        raise ValueError(f"problems must be at most 1000, of 3 digits or more, not {count} of {n}")
     found = {}  # a set that keeps the order
     while len(found) < count:
         expression = random_expression(rng, n)
@@ -396,8 +399,8 @@ def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[di
 @torch.no_grad()
 def single_operations(model, s: Settings, problems=128) -> float:
     """How well single operations are known: on careful solutions of held-out problems, the share of
-    lines whose first token, the result of an operation, is the likeliest one. Jumps, which the base
-    has seen as well, spread over many tokens and do not hide it."""
+    lines whose first token, the result of an operation, is the likeliest one. The base may jump as
+    well, but jumps spread over many tokens: the careful one stays the likeliest."""
     drawn = evaluation_problems(stream(0, "single operations"), s.n, problems)
     tokens, _ = padded([encode("=".join(careful(p)) + "<eos>") for p in drawn], model.device)
     starts = tokens[:, :-1] == encode("=")[0]
@@ -421,7 +424,7 @@ def means_inside(model, tokens, mask) -> dict:
 
 
 def add_evaluation(records: list, s: Settings, model, step: int):
-    """Evaluate, print, and add the record; on the way to the last step on a quarter of problems."""
+    """Evaluate, print, add the record; between the first and the last step on fewer problems."""
     count = s.eval_problems if step in (0, s.steps) else math.ceil(s.eval_problems / 4)
     results, examples = evaluate(model, s, s.tiers, count)
     add_record(records, "eval", step=step, problems=count, tiers=results, examples=examples)
@@ -448,7 +451,7 @@ def run(s: Settings, resume: bool):
     # a run that was stopped before its first checkpoint begins again
     begun = resume and any((out / name).exists() for name in ("ckpt.pt", "metrics.jsonl"))
     job = resumed_job(s, out, device) if begun else None
-    # What can be refused has been refused. From here on files are written.
+    # Bad options and files have been refused. From here on files are written.
     write_text(out / "config.json", json.dumps(asdict(s), indent=2))
     print(f"run {out} on {device}, {s.threads} threads", flush=True)
     train(s, job or new_job(s, out, device))
@@ -472,13 +475,15 @@ def new_job(s: Settings, out: Path, device) -> Job:
     print(f"\ninternal entropies of the base, in nats (uniform: {math.log(VOCAB_SIZE):.2f})")
     print("layer   H(H^l)   normed  dH_ATTN   dH_FFN dH_Layer")
     names = ("layer", "layer_normed", "d_attn", "d_mlp", "d_layer")
-    columns = [inside[name][-s.n_layer :] for name in names]  # without H^0, which two of them have
+    columns = [
+        inside[name][-s.n_layer :] for name in names
+    ]  # layer and layer_normed begin with H^0
     for l, row in enumerate(zip(*columns), 1):
         mark = "  <- target" if l == target.layer and s.s_inter else ""
         print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row) + mark)
     add_evaluation(records, s, model, step=0)
     mixed = records[-1]["tiers"][str(s.n)]["mixed"]
-    print(f"preflight at n = {s.n}: {mixed:.1%} of the problems have mixed outcomes\n")
+    print(f"of the problems of {s.n} digits {mixed:.1%} have right and wrong responses\n")
     if mixed < 0.05:
         raise ValueError("RL learns from mixed outcomes alone: try another --seed, --n or --skip")
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
@@ -508,7 +513,7 @@ def resumed_job(s: Settings, out: Path, device) -> Job:
 
 
 def pick_target(s: Settings, d_mlp: list, base: Path) -> Policy:
-    """The policy of phase 1; of GRPO, which has none, the one that log and figures show as well.
+    """The policy of phase 1. GRPO has none: for it, the policy that log and figures follow.
     Raises ValueError, with a remedy, where phase 1 needs the rule and it picks nothing."""
     if s.layer is not None:
         return Policy(s.layer, s.site)
@@ -524,7 +529,7 @@ def pick_target(s: Settings, d_mlp: list, base: Path) -> Policy:
 def check_settings(s: Settings):
     """Raise ValueError for settings that cannot be."""
     for f in fields(s):
-        value, kind = getattr(s, f.name), int | float if f.type is float else f.type
+        value, kind = getattr(s, f.name), (int | float) if f.type is float else f.type
         low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{f.name} must be of type {f.type}, not {value!r}")
@@ -546,7 +551,7 @@ def check_settings(s: Settings):
 
 
 def parse_options(argv) -> tuple[Settings, bool]:
-    """The settings (file over option over preset over default), and whether to resume."""
+    """The settings (option over preset over default; files fix some), and whether to resume."""
     parser = argparse.ArgumentParser("train_toy.py", allow_abbrev=False)
     for f in fields(Settings):
         default = "" if f.default is None else f" (default: {f.default})"
@@ -662,16 +667,11 @@ def read_settings(run: Path) -> Settings:
 
 
 def read_metrics(run: Path, kind: str) -> list[dict]:
-    """The records of one kind in a run's metrics.jsonl. Use them in a `with reading(...)`, too."""
+    """The records of one kind. Use them in a `with reading(...)`, too: one may lack a key."""
     path = run / "metrics.jsonl"
     with reading(path):
         lines = path.read_text(encoding="utf-8").splitlines()
-        return records_of([json.loads(line) for line in lines], kind)
-
-
-def records_of(records: list, kind: str) -> list:
-    """The records of one kind."""
-    return [record for record in records if record["kind"] == kind]
+        return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def add_record(records: list, kind: str, **values):
