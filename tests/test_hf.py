@@ -141,16 +141,14 @@ def test_truncated_restores_after_an_error_and_checks_its_layer():
             HFModel(model.lm)
         raise ZeroDivisionError
     assert torch.equal(model(TOKENS), whole)
-    for call, says in [
-        (lambda: truncated(model.lm, -1).__enter__(), r"layer must be in 0\.\.3, not -1"),
-        (lambda: truncated(model.lm, 4).__enter__(), r"layer must be in 0\.\.3, not 4"),
-        (lambda: model.truncated(0), r"layer must be in 1\.\.3, not 0"),
-        (lambda: model(torch.tensor([[3, 37]])), "token id 37 is outside"),
-        (lambda: model.residual(torch.tensor([[3, 37]]), 1), "token id 37 is outside"),
-        (lambda: model(torch.zeros(1, 65, dtype=torch.long)), "= 64"),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            call()
+    for layer in (-1, 4):
+        with pytest.raises(ValueError, match=rf"layer must be in 0\.\.3, not {layer}"):
+            truncated(model.lm, layer).__enter__()
+    with pytest.raises(ValueError, match=r"layer must be in 1\.\.3, not 0"):
+        model.truncated(0)
+    for compute in (model, lambda tokens: model.residual(tokens, 1)):
+        with pytest.raises(ValueError, match="token id 37 is outside"):
+            compute(torch.tensor([[3, 37]]))
 
 
 @torch.no_grad()
@@ -281,11 +279,9 @@ def test_analyze_looks_into_a_language_model(directory, tmp_path, capsys):
         run(command, "--text", "23")
     assert {"entropy_flow.png", "writes.png", "lens.png"} <= {p.name for p in tmp_path.iterdir()}
     assert '"said":["2","3"]' in (tmp_path / "lens.html").read_text()
-    lm = build(**TIED).eval()
-    stream = lm(torch.tensor([[3, 12, 3, 15, 4]]), output_hidden_states=True).hidden_states
-    pi = [torch.distributions.Categorical(logits=lm.lm_head(h[0, 3:])) for h in stream[:3]]
-    found = json.loads((tmp_path / "entropy.json").read_text())["layer"]
-    assert found[:3] == pytest.approx([float(p.entropy().mean()) for p in pi], rel=1e-4)
+    tokens, mask = torch.tensor([[3, 12, 3, 15, 4, 5]]), torch.tensor([[0, 0, 0, 1, 1]]).bool()
+    measured = m.look_inside(HFModel(build(**TIED)), tokens, mask)["layer"].mean(1).tolist()
+    assert json.loads((tmp_path / "entropy.json").read_text())["layer"] == pytest.approx(measured)
     assert run("sample", "--layer", "2", "--count", "3").count("\n  '") == 6
     step = run("step", "--layer", "2", "--responses", "23", "31", "--rewards", "1", "0")
     (norms,) = (line.split() for line in step.splitlines() if "lm.model.norm" in line)
@@ -333,7 +329,7 @@ class Recorder(BuPOTrainer):
     """Keeps of every mini-batch its rows, phase, loss, gradients, and what they were taken with."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        seen = dict(inputs, phase=self.phase, weights=weights(self), training=model.training)
+        seen = dict(inputs, phase=self.phase, weights=weights(self))
         seen["moments"] = {int(state["step"]) for state in self.optimizer.state.values()}
         seen["vllm"] = self.vllm_importance_sampling_correction
         self.seen = [*getattr(self, "seen", []), seen]
@@ -405,7 +401,6 @@ def test_phase_1_and_the_switch(tokenizer, tmp_path):
     assert differ(first, switch) == first.keys() - above and differ(switch, last) == first.keys()
     assert [seen["moments"] for seen in trainer.seen[1:]] == [{1}, {2}, {3}, set(), {1}, {2}, {3}]
     assert [seen["vllm"] for seen in trainer.seen] == [False] * 4 + [True] * 4
-    assert all(seen["training"] for seen in trainer.seen)
     for trainer.phase in (1, 2):  # evaluation is pi_theta's in both
         torch.manual_seed(0)
         trainer.evaluate(trainer.train_dataset.select(range(2)))
@@ -423,7 +418,6 @@ def test_deepspeed_with_weight_decay_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="DeepSpeed .* weight_decay 0"):
         make(tokenizer, tmp_path, bupo_steps=1, **options)
     make(tokenizer, tmp_path, bupo_steps=1, weight_decay=0.0, **options)
-    make(tokenizer, tmp_path, bupo_steps=0, **options)  # in GRPO all weights may decay
 
 
 def test_no_steps_is_grpo(tokenizer, tmp_path):
@@ -503,7 +497,7 @@ def test_command_line(directory, tmp_path):
     assert load(tmp_path)[0].n_layer == 3
 
 
-def test_command_line_with_a_data_set_and_adapters(directory, tmp_path):
+def test_command_line_takes_a_data_set_and_adapters(directory, tmp_path):
     (tmp_path / "train.json").write_text('[{"prompt": "1+1=", "solution": "$2$"}]')
     words = arguments(directory, tmp_path, dataset_name=tmp_path, use_peft=True, dtype="bfloat16")
     trainer, _ = hf.train.make_trainer(words)
