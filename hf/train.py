@@ -100,8 +100,10 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
     """Everything up to training. Raises ValueError or ImportError with one sentence."""
     parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
     if not torch.accelerator.is_available():
-        # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin
+        # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin. Without use_cpu
+        # the processes of torchrun would each train a model of their own.
         parser.set_defaults(bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False)
+        parser.set_defaults(use_cpu=True)
     task, config, model = parser.parse_args_and_config(argv)
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
@@ -133,7 +135,8 @@ def main(argv=None) -> int:
         return 2
     trainer.save_model()
     trainer.save_state()  # trainer_state.json, with the reward curve
-    print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
+    if trainer.is_world_process_zero():
+        print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
     return 0
 
 

@@ -34,7 +34,7 @@ import hf.train
 import minibupo as m
 from experiments import language_models
 from hf.adapter import HFModel, encode_chat, encode_text, load, truncated
-from hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
+from hf.bupo_trainer import BuPOConfig, BuPOTrainer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +77,7 @@ def build(family="Qwen3", seed=0, **changes):
     return lm
 
 
-def random_tokens(B=3, T=12, V=37):
-    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 37, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
 # ---- adapter -------------------------------------------------------------------------------------
@@ -87,32 +86,39 @@ def random_tokens(B=3, T=12, V=37):
 @torch.no_grad()
 @pytest.mark.parametrize("family", OPEN)
 def test_contract(family):
-    lm, tokens = build(family, **OPEN[family]), random_tokens()
-    theirs = lm.eval()(tokens, output_hidden_states=True)
+    lm = build(family, **OPEN[family])
+    theirs = lm.eval()(TOKENS, output_hidden_states=True)
     model = HFModel(lm.train())  # has no dropout all the same
-    assert torch.equal(model(tokens), theirs.logits)
+    assert torch.equal(model(TOKENS), theirs.logits)
     assert (model.n_layer, model.vocab_size) == (3, 37)
-    trace = list(model.trace(tokens))
+    trace = list(model.trace(TOKENS))
     for l, t in enumerate(trace, 1):
         assert torch.equal(t.resid_pre, theirs.hidden_states[l - 1])
-        assert torch.equal(t.resid_post, model.residual(tokens, l))
+        assert torch.equal(t.resid_post, model.residual(TOKENS, l))
         torch.testing.assert_close(t.resid_pre + t.attn_out + t.mlp_out, t.resid_post)
         with truncated(lm, l):
-            assert torch.equal(lm(tokens).logits, model.unembed(t.resid_post))
+            assert torch.equal(lm(TOKENS).logits, model.unembed(t.resid_post))
     assert torch.equal(model.final_norm(t.resid_post), theirs.hidden_states[-1])
-    assert torch.equal(lm(tokens).logits, theirs.logits)  # whole again
-    # sampling: ragged prompts are what each prompt gives alone, and transformers' own greedy tokens
-    many = model.generate(tokens[:, :5], 6, temperature=0, prompt_len=[5, 3, 4], num_samples=2)
-    for i, n in enumerate([5, 3, 4]):
-        options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-        prompt = tokens[i : i + 1, :n]
-        own = lm.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        assert torch.equal(many.tokens[2 * i + 1, : n + 6], own[0])
-    short, h = model.truncated(2), trace[1].resid_post
+    assert torch.equal(lm(TOKENS).logits, theirs.logits)  # whole again
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OPEN)
+def test_samples(family):
+    """Ragged prompts give what each gives alone, and a truncated model says what its policy says."""
+    lm = build(family, **OPEN[family]).eval()
+    model, lengths = HFModel(lm), [5, 3, 4]
+    many = model.generate(TOKENS[:3, :5], 6, temperature=0, prompt_len=lengths, num_samples=2)
+    for i, n in enumerate(lengths):
+        prompt = TOKENS[i : i + 1, :n]
+        given = dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
+        alone = lm.generate(prompt, max_new_tokens=6, do_sample=False, **given)
+        assert torch.equal(many.tokens[2 * i + 1, : n + 6], alone[0])
+    short, h = model.truncated(2), model.residual(TOKENS, 2)
     assert {id(p) for p in short.parameters()} <= {id(p) for p in model.parameters()}
-    assert torch.equal(short(tokens), model.unembed(h)) and torch.equal(short.final_norm(h), h)
-    assert len(list(short.trace(tokens))) == short.n_layer == 2
-    said = short.generate(tokens[:, :5], 6, temperature=0).tokens
+    assert torch.equal(short(TOKENS), model.unembed(h)) and torch.equal(short.final_norm(h), h)
+    assert len(list(short.trace(TOKENS))) == short.n_layer == 2
+    said = short.generate(TOKENS[:, :5], 6, temperature=0).tokens
     assert torch.equal(said[:, 5:], m.policy_logits(model, said, m.Policy(2))[:, 4:-1].argmax(-1))
 
 
@@ -128,50 +134,46 @@ def test_models_that_would_come_out_wrong_are_refused(case):
 
 
 def test_truncated_restores_after_an_error_and_checks_its_layer():
-    lm, tokens = build(head_dim=8).eval(), random_tokens()
-    whole = lm(tokens).logits
-    with pytest.raises(ZeroDivisionError), truncated(lm, 1):
+    model = HFModel(build(head_dim=8))
+    whole = model(TOKENS)
+    with pytest.raises(ZeroDivisionError), truncated(model.lm, 1):
         with pytest.raises(ValueError, match="no list of 3 blocks"):
-            HFModel(lm)
+            HFModel(model.lm)
         raise ZeroDivisionError
-    assert torch.equal(lm(tokens).logits, whole)
+    assert torch.equal(model(TOKENS), whole)
     for layer in (-1, 4):
         with pytest.raises(ValueError, match=rf"layer must be in 0\.\.3, not {layer}"):
-            truncated(lm, layer).__enter__()
+            truncated(model.lm, layer).__enter__()
     with pytest.raises(ValueError, match=r"layer must be in 1\.\.3, not 0"):
-        HFModel(lm).truncated(0)
-    for tokens, says in ([[3, 37]], "token id 37 is outside"), ([[0] * 65], "= 64"):
-        with pytest.raises(ValueError, match=says):
-            HFModel(lm)(torch.tensor(tokens))
+        model.truncated(0)
+    for compute in (model, lambda tokens: model.residual(tokens, 1)):
+        with pytest.raises(ValueError, match="token id 37 is outside"):
+            compute(torch.tensor([[3, 37]]))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [TIED, dict(head_dim=12, rms_norm_eps=1e-3)])
 def test_our_block_is_qwen3(changes):
-    """GPT, HFModel on the same weights: stream, writes, logits to 1e-5, samples of one generator."""
-    lm, tokens = build(**changes).eval(), random_tokens()
+    """GPT and HFModel on the same weights: stream, writes and logits are equal to 1e-5."""
+    lm = build(**changes)
     sizes = dict(n_layer=3, d_model=32, n_head=4, n_kv_head=2, d_mlp=40, tied=False)
     sizes |= dict(head_dim=changes["head_dim"], norm_eps=lm.config.rms_norm_eps)
     gpt = GPT(GPTConfig(37, 64, rope_theta=lm.config.rope_parameters["rope_theta"], **sizes))
-    names = """embed=embed_tokens final_norm=norm qkv=q_proj+k_proj+v_proj out=o_proj down=down_proj
-    gate_up=gate_proj+up_proj attn_norm=input_layernorm mlp_norm=post_attention_layernorm"""
-    names = dict(name.split("=") for name in names.split())  # ours = theirs
-    state, theirs = {}, lm.state_dict()
-    for ours in gpt.state_dict():
-        *path, part, _ = ours.replace("blocks", "layers").replace("attn.", "self_attn.").split(".")
-        path = ".".join([*["model"] * (part != "lm_head"), *path, ""])
-        parts = [f"{path}{name}.weight" for name in names.get(part, part).split("+")]
-        state[ours] = torch.cat([theirs[name] for name in parts])
-    gpt.load_state_dict(state)
-    model = HFModel(lm)
-    torch.testing.assert_close(gpt(tokens), lm(tokens).logits, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(gpt.trace(tokens), model.trace(tokens)):
-        torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-5, atol=1e-5)
-    said = []
-    for each in (gpt, model):
-        options = dict(num_samples=3, eos_id=5, generator=torch.Generator().manual_seed(0))
-        said.append(each.double().generate(tokens[:, :4], 8, **options))
-    assert torch.equal(said[0].tokens, said[1].tokens) and torch.equal(said[0].end, said[1].end)
+    same = [(gpt.embed, lm.model.embed_tokens), (gpt.final_norm, lm.model.norm)]
+    same += [(gpt.lm_head, lm.lm_head)]
+    for ours, theirs in zip(gpt.blocks, lm.model.layers):
+        attn, mlp = theirs.self_attn, theirs.mlp
+        same += [(ours.attn_norm, theirs.input_layernorm), (ours.attn.out, attn.o_proj)]
+        same += [(ours.attn.q_norm, attn.q_norm), (ours.attn.k_norm, attn.k_norm)]
+        same += [(ours.attn.qkv, attn.q_proj, attn.k_proj, attn.v_proj)]
+        same += [(ours.mlp_norm, theirs.post_attention_layernorm), (ours.mlp.down, mlp.down_proj)]
+        same += [(ours.mlp.gate_up, mlp.gate_proj, mlp.up_proj)]
+    for ours, *theirs in same:
+        ours.weight.copy_(torch.cat([module.weight for module in theirs]))
+    model, close = HFModel(lm), dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gpt(TOKENS), model(TOKENS), **close)
+    for ours, theirs in zip(gpt.trace(TOKENS), model.trace(TOKENS)):
+        torch.testing.assert_close(tuple(ours), tuple(theirs), **close)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def directory(tokenizer, tmp_path_factory):
 
 def test_load_a_directory_and_encode(directory):
     model, tokenizer = load(directory)
-    assert torch.equal(model(random_tokens()), build(**TIED).eval()(random_tokens()).logits)
+    assert torch.equal(model(TOKENS), HFModel(build(**TIED))(TOKENS))
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
     both = processors.TemplateProcessing("<eos> $A <eos>", special_tokens=[("<eos>", 1)])
     tokenizer.backend_tokenizer.post_processor = both
@@ -218,13 +220,9 @@ def write_gguf(path, lm, *extra):
     values |= dict(token_list=[*(chr(97 + i) for i in range(36)), "ab"], eos_token_id=1)
     for name, value in values.items():
         getattr(w, f"add_{name}")(value)
-    names = "self_attn.o_proj attn_output self_attn. attn_ mlp. ffn_ input_layernorm attn_norm "
-    names += "post_attention_layernorm ffn_norm model.layers blk model.norm output_norm _proj . "
-    names = (names + "model.embed_tokens token_embd lm_head output").split()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     for name, p in lm.named_parameters():
-        for theirs, ours in zip(names[::2], names[1::2]):
-            name = name.replace(theirs, ours.strip("."))
-        w.add_tensor(name, p.detach().numpy())
+        w.add_tensor(names.get_name(name, [".weight"]), p.detach().numpy())
     for name in extra:
         w.add_tensor(name, np.ones(4, dtype=np.float32))
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
@@ -233,36 +231,34 @@ def write_gguf(path, lm, *extra):
 
 def test_gguf(tmp_path, monkeypatch):
     lm = build("Llama", rms_norm_eps=1e-5)
-    path = write_gguf(tmp_path / "tiny.gguf", lm)
+    path = write_gguf(tmp_path / "qwen.gguf", lm)
     found = load(path)[0].lm
-    assert torch.equal(
-        found.model.layers[1].mlp.up_proj.weight, lm.model.layers[1].mlp.up_proj.weight
-    )
+    ours, theirs = (model.model.layers[1].mlp.up_proj.weight for model in (found, lm))
+    assert torch.equal(ours, theirs)
     found.save_pretrained(tmp_path / "saved")  # refused of what transformers thinks is quantised
-    with pytest.raises(ValueError, match="rope_freqs"):
-        load(write_gguf(tmp_path / "llama3.gguf", lm, "rope_freqs.weight"))
     monkeypatch.setattr(language_models, "CACHE", tmp_path)
-    path.rename(tmp_path / "qwen.gguf")
     with pytest.raises(ValueError, match="has SHA-256 .*, not 1d96.*: delete it and fetch it"):
         language_models.fetch("qwen")
-    path.write_bytes((tmp_path / "qwen.gguf").read_bytes()[:200])
-    for file in (path, tmp_path / "none.gguf"):
-        with pytest.raises(ValueError, match=f"transformers cannot read .*{file.name}"):
-            load(file)
+    with pytest.raises(ValueError, match="rope_freqs"):
+        load(write_gguf(tmp_path / "llama3.gguf", lm, "rope_freqs.weight"))
 
 
-def test_what_cannot_be_read_is_named(directory, tmp_path, monkeypatch):
+def test_what_cannot_be_read_is_named(directory, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "base.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="base.pt: of single files only a .gguf one"):
-        load(tmp_path / "base.pt")
-    with pytest.raises(ValueError, match="transformers cannot read"):
-        load(tmp_path)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
     lm = build(head_dim=8)
     weights = {name: p for name, p in lm.state_dict().items() if "layers.1.mlp.up" not in name}
-    lm.save_pretrained(tmp_path, state_dict=weights)
-    load(directory)[1].save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no weights for model.layers.1.mlp.up_proj.weight"):
-        load(tmp_path)
+    lm.save_pretrained(tmp_path / "part", state_dict=weights)
+    tokenizer.save_pretrained(tmp_path / "part")
+    for name, says in [
+        ("base.pt", "base.pt: of single files only a .gguf one"),
+        ("cut.gguf", "transformers cannot read .*cut.gguf"),
+        ("none.gguf", "transformers cannot read .*none.gguf"),
+        ("", "transformers cannot read"),
+        ("part", "no weights for model.layers.1.mlp.up_proj.weight"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path / name)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[hf\]"'):
         load(directory)
@@ -281,14 +277,11 @@ def test_analyze_looks_into_a_language_model(directory, tmp_path, capsys):
 
     for command in ("entropy", "writes", "lens"):
         run(command, "--text", "23")
-    tokens = torch.tensor([[3, 12, 3, 15, 4]])
-    lm = build(**TIED).eval()
-    stream = lm(tokens, output_hidden_states=True).hidden_states[:3]  # the last one is normed
-    raw = [torch.distributions.Categorical(logits=lm.lm_head(h[0, 3:])).entropy() for h in stream]
-    found = json.loads((tmp_path / "entropy.json").read_text())["layer"]
-    assert found[:3] == pytest.approx([float(H.mean()) for H in raw], rel=1e-4)
     assert {"entropy_flow.png", "writes.png", "lens.png"} <= {p.name for p in tmp_path.iterdir()}
     assert '"said":["2","3"]' in (tmp_path / "lens.html").read_text()
+    tokens, mask = torch.tensor([[3, 12, 3, 15, 4, 5]]), torch.tensor([[0, 0, 0, 1, 1]]).bool()
+    measured = m.look_inside(HFModel(build(**TIED)), tokens, mask)["layer"].mean(1).tolist()
+    assert json.loads((tmp_path / "entropy.json").read_text())["layer"] == pytest.approx(measured)
     assert run("sample", "--layer", "2", "--count", "3").count("\n  '") == 6
     step = run("step", "--layer", "2", "--responses", "23", "31", "--rewards", "1", "0")
     (norms,) = (line.split() for line in step.splitlines() if "lm.model.norm" in line)
@@ -314,7 +307,7 @@ def make(tokenizer, out, trainer=BuPOTrainer, lm=None, peft_config=None, train=T
     args = config(output_dir=str(out), **(OPTIONS | options))
     data = Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(48)]})
     given = dict(processing_class=tokenizer, train_dataset=data, peft_config=peft_config)
-    trainer = trainer(build(**TIED) if lm is None else lm, even, args, **given)
+    trainer = trainer(lm or build(**TIED), even, args, **given)
     if train:
         trainer.train()
     return trainer
@@ -336,21 +329,18 @@ class Recorder(BuPOTrainer):
     """Keeps of every mini-batch its rows, phase, loss, gradients, and what they were taken with."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        seen = dict(inputs, phase=self.phase, loss=loss.detach(), weights=weights(self))
+        seen = dict(inputs, phase=self.phase, weights=weights(self))
         seen["moments"] = {int(state["step"]) for state in self.optimizer.state.values()}
-        seen["vllm"], seen["dropout"] = (
-            self.vllm_importance_sampling_correction,
-            model.lm_head.training,
-        )
+        seen["vllm"] = self.vllm_importance_sampling_correction
         self.seen = [*getattr(self, "seen", []), seen]
-        return loss
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
-        out = super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
         named = self.model.named_parameters()
         self.seen[-1]["grads"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
-        return out
+        self.seen[-1]["loss"] = loss
+        return loss
 
 
 def rows_of(seen):
@@ -362,59 +352,72 @@ def rows_of(seen):
     return tokens, m.response_mask(prompt_len, end, tokens.shape[1])
 
 
-MORE = dict(gradient_checkpointing=True, steps_per_generation=4, per_device_train_batch_size=4)
+CASES = [  # family, tied, options
+    ("Qwen3", True, dict(temperature=0.7)),
+    ("Qwen3", False, dict(loss_type="grpo", num_iterations=2)),
+    ("Llama", True, dict(gradient_checkpointing=True, steps_per_generation=4)),
+    ("Llama", False, dict(temperature=1.3, num_iterations=2, steps_per_generation=1)),
+]
 
 
-@pytest.mark.parametrize(
-    "family,tied,options",
-    [
-        ("Qwen3", True, dict(temperature=0.7)),
-        ("Qwen3", False, dict(loss_type="grpo", num_iterations=2)),
-        ("Llama", True, MORE),
-        ("Llama", False, dict(temperature=1.3, num_iterations=2, steps_per_generation=1)),
-    ],
-)
+@pytest.mark.parametrize("family,tied,options", CASES)
 def test_loss_and_gradients_are_minibupos(tokenizer, tmp_path, family, tied, options):
     """One batch of phase 1 and one of phase 2, all mini-batches, against policy_loss on a copy."""
-    shape = dict(head_dim=8, tie_word_embeddings=tied)
+    lm, copy = (build(family, head_dim=8, tie_word_embeddings=tied) for _ in range(2))
     per_batch = options.get("steps_per_generation", 2) * options.get("num_iterations", 1)
     options |= dict(bupo_layer=2, bupo_steps=1, max_steps=2 * per_batch, max_grad_norm=0.0)
-    trainer = make(tokenizer, tmp_path, Recorder, build(family, **shape), **options)
+    trainer = make(tokenizer, tmp_path, Recorder, lm, **options)
     assert [seen["phase"] for seen in trainer.seen] == [1] * per_batch + [2] * per_batch
-    copy, ratios, temperature = HFModel(build(family, **shape)), [], trainer.temperature
     average = {"bnpo": "token", "grpo": "sequence"}[trainer.loss_type]
+    model, temperature, largest = HFModel(copy), trainer.temperature, 0.0
     for step, seen in enumerate(trainer.seen):
         policy = m.Policy(2) if seen["phase"] == 1 else m.FULL
         tokens, mask = rows_of(seen)
-        with torch.no_grad():
-            logps = []
-            for start in (trainer.seen[step - step % per_batch], seen):
-                copy.lm.load_state_dict(start["weights"], strict=False)
-                logps.append(m.token_logprobs(copy, tokens, mask, policy, temperature))
-        ratios.append(float((logps[1] - logps[0]).abs().max()))
+        logps = []
+        for now in (trainer.seen[step - step % per_batch], seen):  # at the rollouts, at the step
+            copy.load_state_dict(now["weights"], strict=False)
+            logps.append(m.token_logprobs(model, tokens, mask, policy, temperature).detach())
+        largest = max(largest, float((logps[1] - logps[0]).abs().max()))
         copy.zero_grad(set_to_none=True)
         rows = (tokens, logps[0], seen["advantages"], mask, policy, temperature)
-        loss, _ = m.policy_loss(copy, *rows, average=average)
+        loss, _ = m.policy_loss(model, *rows, average=average)
         loss.backward()
         torch.testing.assert_close(seen["loss"], loss.detach(), rtol=1e-4, atol=1e-5)
-        ours = {name: p.grad for name, p in copy.lm.named_parameters() if p.grad is not None}
+        ours = {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
         assert ours.keys() == seen["grads"].keys()
         assert (seen["phase"] == 2) == any("layers.2" in name for name in ours)
         close = dict(rtol=1e-3, atol=1e-4 * float(max(g.abs().max() for g in ours.values())))
         for name, gradient in ours.items():
             torch.testing.assert_close(seen["grads"][name], gradient, msg=name, **close)
-    assert max(ratios) > 0.01  # later mini-batches do see other weights than the rollouts
+    assert largest > 0.01  # of log-ratios: later mini-batches see other weights than the rollouts
 
 
 def test_phase_1_and_the_switch(tokenizer, tmp_path):
     """What is above the layer stays under weight decay; moments start afresh; vLLM's correction."""
-    trainer = make(tokenizer, tmp_path, Recorder, bupo_layer=2, bupo_steps=2, max_steps=8)
+    options = dict(bupo_steps=2, max_steps=8, steps_per_generation=1, num_iterations=2)
+    trainer = make(tokenizer, tmp_path, Recorder, bupo_layer=2, **options)
     first, switch, last = (trainer.seen[i]["weights"] for i in (0, 4, 7))
     above = {name for name in first if name.startswith(("model.layers.2", "model.norm"))}
     assert differ(first, switch) == first.keys() - above and differ(switch, last) == first.keys()
     assert [seen["moments"] for seen in trainer.seen[1:]] == [{1}, {2}, {3}, set(), {1}, {2}, {3}]
     assert [seen["vllm"] for seen in trainer.seen] == [False] * 4 + [True] * 4
-    assert all(seen["dropout"] for seen in trainer.seen)
+    for trainer.phase in (1, 2):  # evaluation is pi_theta's in both
+        torch.manual_seed(0)
+        trainer.evaluate(trainer.train_dataset.select(range(2)))
+    one, two = logged(trainer, "eval_entropy")
+    assert one == pytest.approx(two)
+
+
+def test_deepspeed_with_weight_decay_is_refused(tokenizer, tmp_path):
+    class OnDeepSpeed(BuPOTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    options = dict(trainer=OnDeepSpeed, train=False, bupo_layer=2)
+    with pytest.raises(ValueError, match="DeepSpeed .* weight_decay 0"):
+        make(tokenizer, tmp_path, bupo_steps=1, **options)
+    make(tokenizer, tmp_path, bupo_steps=1, weight_decay=0.0, **options)
 
 
 def test_no_steps_is_grpo(tokenizer, tmp_path):
@@ -431,19 +434,21 @@ def test_resume_goes_on_as_if_never_stopped(tokenizer, tmp_path):
     options = dict(bupo_steps=2, max_steps=6, save_strategy="steps", save_steps=2)
     options |= dict(gradient_accumulation_steps=2, steps_per_generation=4)
     whole = make(tokenizer, tmp_path, **options)
-    for stop in (2, 4):
+
+    def resume(step):
         again = make(
             tokenizer, tmp_path / "again", lm=build(seed=9, **TIED), train=False, **options
         )
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-        assert not differ(weights(whole), weights(again))
-        assert again.layer == (whole.layer if stop == 2 else None)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        return again
+
+    for step, layer in (2, whole.layer), (4, None):
+        again = resume(step)
+        assert not differ(weights(whole), weights(again)) and again.layer == layer
     # what the log says counts, not what the rule would say now
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
     file.write_text(file.read_text().replace(f'"bupo/layer": {whole.layer}', '"bupo/layer": 3'))
-    again = make(tokenizer, tmp_path / "again", train=False, **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.layer == 3
+    assert resume(2).layer == 3
 
 
 def test_layer_by_the_rule(tokenizer, tmp_path):
@@ -452,13 +457,6 @@ def test_layer_by_the_rule(tokenizer, tmp_path):
     d_mlp = m.look_inside(HFModel(build(**TIED)), *rows_of(trainer.seen[0]))["d_mlp"].mean(1)
     assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
     assert trainer.layer == m.target_layer(d_mlp) == logged(trainer, "bupo/layer")[0]
-    narrow = build(**TIED)
-    for layer in narrow.model.layers:
-        layer.mlp.down_proj.weight.data *= 100  # loud writes: every FFN narrows
-    with pytest.raises(NoLayerError, match="choose one with bupo_layer"):
-        make(tokenizer, tmp_path, lm=narrow, **options)
-    with pytest.raises(ValueError, match="GPTNeoXForCausalLM cannot be laid open"):
-        make(tokenizer, tmp_path, lm=build("GPTNeoX"), **options)
 
 
 def test_kl_is_zero_at_the_start(directory, tokenizer, tmp_path):
@@ -483,39 +481,52 @@ def test_lora_moves_only_adapters_up_to_the_layer(tokenizer, tmp_path):
 
 
 def arguments(directory, out, **options):
-    short = dict(model_name_or_path=directory, output_dir=out, use_cpu=True, max_steps=4)
-    short |= dict(bupo_steps=1, bupo_layer=2, per_device_train_batch_size=8, num_generations=4)
-    short |= dict(max_completion_length=3, report_to="none", save_strategy="no", logging_steps=1)
-    options = short | dict(disable_tqdm=True) | options
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    """The words of a command line; an option that is None is left out."""
+    options = dict(bupo_layer=2, bupo_steps=1, max_steps=4, steps_per_generation=1) | options
+    options = OPTIONS | dict(model_name_or_path=directory, output_dir=out) | options
+    given = {f"--{name}": str(value) for name, value in options.items() if value is not None}
+    return [word for option in given.items() for word in option]
 
 
-def test_command_line(directory, tmp_path, capsys):
+def test_command_line(directory, tmp_path):
     evaluate = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
     assert hf.train.main(arguments(directory, tmp_path, **evaluate)) == 0
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["bupo/phase"] for entry in log if "bupo/phase" in entry] == [1, 2, 2, 2]
     assert [entry["step"] for entry in log if "eval_reward" in entry] == [2, 4]
     assert load(tmp_path)[0].n_layer == 3
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    for folder, row in (good, {"prompt": "1+1=", "solution": "$2$"}), (bad, {"prompt": "1"}):
-        folder.mkdir()
-        (folder / "train.json").write_text(json.dumps([row]))
-    words = arguments(directory, tmp_path, dataset_name=good, use_peft=True, dtype="bfloat16")
+
+
+def test_command_line_takes_a_data_set_and_adapters(directory, tmp_path):
+    (tmp_path / "train.json").write_text('[{"prompt": "1+1=", "solution": "$2$"}]')
+    words = arguments(directory, tmp_path, dataset_name=tmp_path, use_peft=True, dtype="bfloat16")
     trainer, _ = hf.train.make_trainer(words)
     assert trainer.reward_func_names == ["accuracy_reward"] and trainer.model.peft_config
     assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_command_line_names_errors(directory, tokenizer, tmp_path, capsys):
+    (tmp_path / "train.json").write_text('[{"prompt": "1+1="}]')
+    narrow = build(**TIED)
+    for layer in narrow.model.layers:
+        layer.mlp.down_proj.weight.data *= 100  # loud writes: every FFN narrows
+    for name, lm in ("narrow", narrow), ("parallel", build("GPTNeoX")):
+        lm.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     for options, says in [
         (dict(bupo_steps=-1), "bupo_steps must be 0 or more, not -1"),
         (dict(bupo_layer=4), "bupo_layer must be in 1..3, not 4"),
         (dict(bupo_layer=0), "bupo_layer must be in 1..3, not 0"),
         (dict(use_vllm=True, off_policy_mask_threshold=0.1), "off_policy_mask_threshold"),
         (dict(gradient_checkpointing_kwargs='{"use_reentrant": true}'), "use_reentrant=False"),
+        (dict(model_name_or_path=None), "--model_name_or_path is missing"),
         (dict(model_name_or_path=tmp_path / "nothing"), "transformers cannot read"),
+        (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be laid open"),
+        (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),
         (dict(operations="/"), "operations must be some of + - *"),
         (dict(dataset_name=tmp_path / "no-data"), "there is no data set"),
-        (dict(dataset_name=good, dataset_train_split="x"), "has no split x, only train"),
-        (dict(dataset_name=bad), "has no column 'solution', only prompt"),
+        (dict(dataset_name=tmp_path, dataset_train_split="x"), "has no split x, only train"),
+        (dict(dataset_name=tmp_path), "has no column 'solution', only prompt"),
     ]:
         capsys.readouterr()
         assert hf.train.main(arguments(directory, tmp_path, **options)) == 2
@@ -554,14 +565,14 @@ def one_of_two(argv):
     torch.set_num_threads(1)
     trainer, config = hf.train.make_trainer(argv)
     trainer.train()
-    rank, rows = trainer.accelerator.process_index, random_tokens(B=4)
+    rank = trainer.accelerator.process_index
     rule = (trainer.layer, logged(trainer, "bupo/d_mlp"))
     ddp = (rule, trainer.accelerator.num_processes, weights(trainer))
     alone, sharded = build(**TIED), build(**TIED)
     for module in (*sharded.model.layers, sharded):
         fully_shard(module)
-    three_steps(alone, rows)
-    three_steps(sharded, rows[2 * rank : 2 * rank + 2])
+    three_steps(alone, TOKENS)
+    three_steps(sharded, TOKENS[2 * rank : 2 * rank + 2])
     fsdp = {name: p.full_tensor() for name, p in sharded.named_parameters()}
     torch.save((ddp, fsdp, dict(alone.named_parameters())), f"{config.output_dir}/rank{rank}")
 
@@ -569,15 +580,13 @@ def one_of_two(argv):
 def test_two_processes(directory, tmp_path):
     """DDP over gloo: layer by the rule, accumulation, weight decay, checkpointing, both phases.
     FSDP2 on two processes does what one process does, also where layers have no gradient."""
-    options = dict(steps_per_generation=2, gradient_accumulation_steps=2, max_steps=3, bf16=False)
-    options |= dict(gradient_checkpointing=True, weight_decay=0.1, learning_rate=1e-2)
-    words = arguments(directory, tmp_path, **options)
-    at = words.index("--bupo_layer")
-    here = "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0".split()
-    here = ["-m", "torch.distributed.run", *here, "--local_addr", "127.0.0.1", __file__]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *here, *words[:at], *words[at + 2 :]]
-    run = subprocess.run(words, env=env, capture_output=True, text=True)
+    options = dict(steps_per_generation=2, gradient_accumulation_steps=2, max_steps=3)
+    options |= dict(gradient_checkpointing=True, bupo_layer=None, use_cpu=None)
+    words = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d".split()
+    words += ["--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1", __file__]
+    words += arguments(directory, tmp_path, **options)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     zero, one = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))
     (rule, n, ddp), fsdp, alone = zero
