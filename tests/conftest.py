@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import GPT, GPTConfig  # noqa: E402
 
-# RL of a few seconds: 12 steps, of which 3 are phase 1 at layer 2, with the model of `base`
-TINY = "--n 3 --questions 8 --steps 12 --s_inter 3 --layer 2 --eval_problems 16".split()
-TINY += "--threads 1 --device cpu".split()
+# RL of a few seconds with the model of `base`: 12 steps, of which TINY has 3 of phase 1, at layer 2
+NO_PHASE_1 = "--n 3 --questions 8 --steps 12 --eval_problems 16 --threads 1 --device cpu".split()
+TINY = [*NO_PHASE_1, *"--s_inter 3 --layer 2".split()]
 
 
 def tiny(seed=0, dtype=torch.float32, **changes):
