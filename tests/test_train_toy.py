@@ -1,10 +1,11 @@
 """train_toy.py: the task against Python's own arithmetic, and the command line as a user meets it.
 
-stopped and resumed = never stopped, bit for bit      same seed = same run
+stopped and resumed = never stopped, bit for bit      another seed = another run
 bad input = one sentence, exit code 2, and nothing on disk has changed
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -230,12 +231,9 @@ def test_the_files_of_a_run(finished):
         assert not torch.equal(phase1[name], final[name])
 
 
-def test_same_seed_same_run_and_another_seed_another(finished, base, tmp_path):
-    assert run(*TINY, "--base", base, "--out_dir", tmp_path / "again") == 0
-    assert_same_run(finished, tmp_path / "again")
-    other = ["--seed", 1, "--steps", 3, "--out_dir", tmp_path / "other"]
-    assert run(*TINY, "--base", base, *other) == 0
-    assert toy.read_metrics(tmp_path / "other", "step")[0] != toy.read_metrics(finished, "step")[0]
+def test_another_seed_is_another_run(finished, base, tmp_path):
+    assert run(*TINY, "--base", base, "--seed", 1, "--steps", 3, "--out_dir", tmp_path / "x") == 0
+    assert toy.read_metrics(tmp_path / "x", "step")[0] != toy.read_metrics(finished, "step")[0]
 
 
 def test_learning_rate_is_constant_and_then_falls_as_1_over_step(base, tmp_path, monkeypatch):
@@ -315,18 +313,19 @@ def test_resume_at_the_phase_switch_and_for_longer(finished, base, tmp_path):
     assert all(torch.equal(v, weights(finished)[k]) for k, v in weights(out).items())
 
 
-def test_nan_stops_with_exit_code_1_and_keeps_the_checkpoint(base, tmp_path, capsys):
-    out = tmp_path / "nan"
-    assert run(*TINY, "--base", base, "--lr", "1e6", "--out_dir", out) in (0, 1)
-    assert all(torch.isfinite(v).all() for v in weights(out).values())
-    model, before = toy.load_model(base), files(out)
-    torch.nn.init.constant_(model.embed.weight[3], float("nan"))
+@pytest.mark.parametrize("value", [math.nan, [-math.inf]])
+def test_nan_stops_with_exit_code_1_and_is_never_written(
+    base, tmp_path, monkeypatch, capsys, value
+):
+    monkeypatch.setattr(toy, "describe", lambda *_: {"reward": value})
+    assert run(*TINY, "--base", base, "--out_dir", tmp_path / "out") == 1
+    assert "step 1" in one_sentence(capsys)
+    assert not toy.read_metrics(tmp_path / "out", "step")
+    model, before = toy.load_model(base), files(tmp_path)
+    torch.nn.init.constant_(model.embed.weight[3], math.nan)
     with pytest.raises(FloatingPointError):
-        toy.save_checkpoint(out / "ckpt.pt", model)
-    for value in (float("nan"), [float("-inf")]):
-        with pytest.raises(FloatingPointError, match="step 3"):
-            toy.add_record([], "step", step=3, reward=value)
-    assert before == files(out)
+        toy.save_checkpoint(tmp_path / "out" / "ckpt.pt", model)
+    assert before == files(tmp_path)
 
 
 def test_default_directories_never_collide(tmp_path, monkeypatch):
@@ -356,14 +355,12 @@ def test_impossible_options(argv, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", ["--algo ppo", "--layer low", "--stepz 3", "--step 3", "--help"])
-def test_argparse_knows_all_options_and_no_other(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(*argv.split())
-    printed = capsys.readouterr()
-    assert stop.value.code == (0 if argv == "--help" else 2) and "Traceback" not in printed.err
-    if argv == "--help":
-        assert all(f"--{f.name}" in printed.out for f in toy.fields(toy.Settings))
+def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
+    for argv, code in (("--help", "0"), ("--step 3", "2"), ("--layer low", "2")):
+        with pytest.raises(SystemExit, match=code):
+            run(*argv.split())
+    printed = capsys.readouterr().out
+    assert all(f"--{f.name}" in printed for f in toy.fields(toy.Settings))
 
 
 def test_devices(tmp_path, capsys):
@@ -456,15 +453,13 @@ def test_where_the_rule_names_no_layer_the_command_that_goes_on_is_said(
     assert run(*options, *argv, "--out_dir", tmp_path / "next") == 0
 
 
-def test_everything_without_a_network_or_a_gpu(base, tmp_path):
-    """Sockets and CUDA calls forbidden, default encodings an error, on a cp1252 console."""
+def test_everything_without_a_network(base, tmp_path):
+    """Sockets forbidden, default encodings an error, on a cp1252 console."""
     argv = [*TINY, "--base", str(base), "--out_dir", str(tmp_path / "out")]
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('network')\n"
         "socket.socket.connect = refuse\n"
-        "import torch\n"
-        "torch.cuda.current_device = torch.cuda.synchronize = torch.cuda.init = refuse\n"
         "import train_toy\n"
         f"sys.exit(train_toy.main({argv!r}))"
     )
