@@ -1,16 +1,14 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_toy as toy
+from model import GPT, GPTConfig
 
-from model import GPT, GPTConfig  # noqa: E402
+torch.set_num_threads(1)  # models this small only lose by a second thread
 
-# RL of a few seconds: 12 steps, of which 3 are phase 1 at layer 2, with the model of `base`
-TINY = "--n 3 --questions 8 --steps 12 --s_inter 3 --layer 2 --eval_problems 16".split()
-TINY += "--threads 1 --device cpu".split()
+# RL of a few seconds with the model of `base`: 12 steps, of which TINY has 3 of phase 1, at layer 2
+NO_PHASE_1 = "--n 3 --questions 8 --steps 12 --eval_problems 16 --threads 1 --device cpu".split()
+TINY = [*NO_PHASE_1, *"--s_inter 3 --layer 2".split()]
 
 
 def tiny(seed=0, dtype=torch.float32, **changes):
@@ -24,18 +22,9 @@ def tiny(seed=0, dtype=torch.float32, **changes):
     return model.to(dtype)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only lose by a second thread."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """base.pt of a small model, pretrained for 100 steps. Not to be written to."""
-    import train_toy as toy
-
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     s = toy.Settings(n=3, n_layer=3, d_model=32)
     model = toy.GPT(s.model_config())
@@ -48,8 +37,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(base, tmp_path_factory):
     """A whole tiny run of train_toy.py from this base, never stopped. Not to be written to."""
-    import train_toy as toy
-
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert toy.main([*TINY, "--base", str(base), "--out_dir", str(out)]) == 0
     return out

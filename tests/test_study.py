@@ -1,5 +1,5 @@
-"""The study's plan, its paired differences, PPO's pieces and the mechanism's gradients. Its smallest form as a whole runs in
-CI."""
+"""The study's plan, its paired differences, PPO's pieces and the mechanism's gradients. Its
+smallest form as a whole runs in CI."""
 
 import numpy as np
 import pytest
@@ -56,12 +56,9 @@ def test_the_finite_set_stays_the_same():
 
 
 def test_advantages_of_the_critic_are_reward_less_value_whitened_over_response_tokens():
-    rewards, mask = (
-        torch.tensor([1.0, 0.0]),
-        torch.tensor([[False, True, True], [True, False, False]]),
-    )
+    mask = torch.tensor([[False, True, True], [True, False, False]])
     values = torch.tensor([[9.0, 0.5, 0.25], [0.5, 9.0, 9.0]])
-    found = ppo.whitened_advantages(rewards, values, mask)
+    found = ppo.whitened_advantages(torch.tensor([1.0, 0.0]), values, mask)
     raw = torch.tensor([0.5, 0.75, -0.5])
     torch.testing.assert_close(found[mask], (raw - raw.mean()) / raw.std())
     assert (found[~mask] == 0).all()
@@ -75,13 +72,17 @@ def test_ppo_of_equal_advantages_in_a_row_is_the_surrogate():
     torch.testing.assert_close(found, ppo.surrogate(logp, old, advantages, mask)[0])
 
 
+def model_and_rollouts():
+    """Of a fresh model, with rewards at random."""
+    torch.manual_seed(0)
+    s = toy.Settings(n=3, n_layer=3, d_model=32, questions=8, group=4)
+    model = GPT(s.model_config())
+    return model, toy.rollouts(s, model, 1)._replace(rewards=torch.rand(8, 4))
+
+
 @pytest.mark.parametrize("policy", [FULL, Policy(2)])
 def test_the_gradient_of_the_mechanism_is_that_of_an_update(policy):
-    torch.manual_seed(0)
-    s = toy.Settings(n=3, n_layer=3, d_model=32, questions=4, group=4)
-    model = GPT(s.model_config())
-    rollouts = toy.rollouts(s, model, 1)
-    rollouts = rollouts._replace(rewards=torch.rand(4, 4))
+    model, rollouts = model_and_rollouts()
     batch = mechanism.Batch(rollouts)
     found = mechanism.gradient(model, policy, batch, batch.of_rows[batch.row])
     model.zero_grad(set_to_none=True)
@@ -95,10 +96,7 @@ def test_the_gradient_of_the_mechanism_is_that_of_an_update(policy):
 
 
 def test_all_cosines_of_a_batch():
-    torch.manual_seed(0)
-    s = toy.Settings(n=3, n_layer=3, d_model=32, questions=8, group=4)
-    model = GPT(s.model_config())
-    rollouts = toy.rollouts(s, model, 1)._replace(rewards=torch.rand(8, 4))
+    model, rollouts = model_and_rollouts()
     found = mechanism.measure(model, rollouts, torch.Generator().manual_seed(0))
     assert all(len(values) == 3 and np.abs(values).max() <= 1.001 for values in found.values())
     # of the top layer with the final norm the internal policy is pi_theta itself

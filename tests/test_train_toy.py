@@ -1,10 +1,11 @@
 """train_toy.py: the task against Python's own arithmetic, and the command line as a user meets it.
 
-stopped and resumed = never stopped, bit for bit      same seed = same run
+stopped and resumed = never stopped, bit for bit      another seed = another run
 bad input = one sentence, exit code 2, and nothing on disk has changed
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -16,13 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import NO_PHASE_1, TINY
 
 import minibupo
 import train_toy as toy
-
-OPTIONS = dict(zip(TINY[::2], TINY[1::2]))
-GRPO = [a for o in OPTIONS if o not in ("--layer", "--s_inter") for a in (o, OPTIONS[o])]
 
 
 def arithmetic(expression):
@@ -37,11 +35,6 @@ def run(*argv):
     return toy.main([str(a) for a in argv])
 
 
-def records(out, kind):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in lines if record["kind"] == kind]
-
-
 def weights(out, name="ckpt.pt"):
     return torch.load(out / name, weights_only=True)["model"]
 
@@ -49,10 +42,8 @@ def weights(out, name="ckpt.pt"):
 def assert_same_run(a, b):
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     a, b = (torch.load(d / "ckpt.pt", weights_only=True) for d in (a, b))
-    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
-    assert a["optimizer"].keys() == b["optimizer"].keys()
-    for i, state in a["optimizer"].items():
-        assert all(torch.equal(v, b["optimizer"][i][k]) for k, v in state.items())
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
 
 
 def files(directory):
@@ -203,27 +194,21 @@ def test_evaluation_against_counting_by_hand(base):
 
 
 @torch.no_grad()
-def test_rewards_and_log_of_a_step_against_counting_by_hand(base):
+def test_log_of_a_step_against_counting_by_hand(base):
     model, s, target = toy.load_model(base), toy.Settings(n=3, questions=16), minibupo.Policy(1)
     batch = toy.rollouts(s, model, step=1)
-    texts, log = toy.responses(batch), toy.describe(model, batch, target)
-    problems = toy.draw_questions(toy.stream(0, "questions", 1), 16, 3)
-    right = [[float(toy.is_right(p, texts.pop(0))) for _ in range(8)] for p in problems]
-    assert batch.rewards.tolist() == right
+    log, right = toy.describe(model, batch, target), batch.rewards.tolist()
     assert log["reward"] == pytest.approx(sum(map(sum, right)) / 128)
     assert log["groups_right"] == sum(map(all, right)) / 16
     assert log["groups_wrong"] == sum(not any(group) for group in right) / 16
     first = toy.Rollouts(*(x[::8] for x in batch[:3]), batch.rewards)
     mask = minibupo.response_mask(first.prompt_len, first.end, first.tokens.shape[1])
-    full, inner = (
-        minibupo.token_logprobs(model, first.tokens, mask, p) for p in (toy.FULL, target)
-    )
+    inner = minibupo.token_logprobs(model, first.tokens, mask, target)
+    full = minibupo.token_logprobs(model, first.tokens, mask)
+    inside = toy.means_inside(model, first.tokens, mask)
     assert log["layer_log_ratio"] == pytest.approx(float((inner - full)[mask].mean()), rel=1e-4)
-    everything = minibupo.look_inside(model, first.tokens, mask)
-    assert log["policy_entropy"] == pytest.approx(
-        float(everything["layer_normed"][-1].mean()), 1e-4
-    )
-    assert log["layer_entropy"] == pytest.approx(float(everything["layer"][1].mean()), rel=1e-4)
+    assert log["policy_entropy"] == pytest.approx(inside["layer_normed"][-1], rel=1e-4)
+    assert log["layer_entropy"] == pytest.approx(inside["layer"][1], rel=1e-4)
 
 
 # ---- runs ----
@@ -232,52 +217,46 @@ def test_rewards_and_log_of_a_step_against_counting_by_hand(base):
 def test_the_files_of_a_run(finished):
     names = {"config.json", "metrics.jsonl", "base.pt", "phase1.pt", "ckpt.pt"}
     assert names == {p.name for p in finished.iterdir()}
-    steps = records(finished, "step")
+    steps = toy.read_metrics(finished, "step")
     assert [r["step"] for r in steps] == list(range(1, 13))
     assert [r["phase"] for r in steps] == ["internal"] * 3 + ["policy"] * 9
-    assert [r["step"] for r in records(finished, "internal")] == [0, 3, 5, 10, 12]
-    assert [r["step"] for r in records(finished, "eval")] == [0, 12]
+    assert [r["step"] for r in toy.read_metrics(finished, "internal")] == [0, 3, 5, 10, 12]
+    assert [r["step"] for r in toy.read_metrics(finished, "eval")] == [0, 12]
     stored = json.loads((finished / "config.json").read_text())
     assert stored["device"] == "cpu" and stored["n_layer"] == 3  # not "auto", and the base's size
-
-
-def test_phase_1_trains_the_layers_below_alone_and_phase_2_starts_with_new_moments(finished):
     base, phase1, final = (weights(finished, f) for f in ("base.pt", "phase1.pt", "ckpt.pt"))
-    for name in base:
+    for name in base:  # of phase 1 at layer 2, which moves nothing above
         frozen = name.startswith(("blocks.2", "final_norm"))
         assert torch.equal(base[name], phase1[name]) == frozen
         assert not torch.equal(phase1[name], final[name])
-    steps = [r["optimizer_steps"] for r in records(finished, "step") if r["phase"] == "policy"]
-    state = torch.load(finished / "ckpt.pt", weights_only=True)["optimizer"]
-    assert {int(moments["step"]) for moments in state.values()} == {sum(steps)}
 
 
-def test_same_seed_same_run_and_another_seed_another(finished, base, tmp_path):
-    assert run(*TINY, "--base", base, "--out_dir", tmp_path / "again") == 0
-    assert_same_run(finished, tmp_path / "again")
-    other = ["--seed", 1, "--steps", 3, "--out_dir", tmp_path / "other"]
-    assert run(*TINY, "--base", base, *other) == 0
-    assert records(tmp_path / "other", "step")[0] != records(finished, "step")[0]
+def test_another_seed_is_another_run(finished, base, tmp_path):
+    assert run(*TINY, "--base", base, "--seed", 1, "--steps", 3, "--out_dir", tmp_path / "x") == 0
+    assert toy.read_metrics(tmp_path / "x", "step")[0] != toy.read_metrics(finished, "step")[0]
 
 
 def test_learning_rate_is_constant_and_then_falls_as_1_over_step(base, tmp_path, monkeypatch):
-    rates, update = [], minibupo.update
+    rates = []
 
-    def spy(model, optimizer, *args, **options):
+    def update(model, optimizer, *_):
         rates.append(optimizer.param_groups[0]["lr"])
-        return update(model, optimizer, *args, **options)
+        return {}
 
-    monkeypatch.setattr(minibupo, "update", spy)
+    monkeypatch.setattr(minibupo, "update", update)
     assert run(*TINY, "--base", base, "--steps", 40, "--out_dir", tmp_path / "rates") == 0
     assert rates == pytest.approx([5e-4] * 30 + [5e-4 * 30 / step for step in range(31, 41)])
 
 
 def test_grpo_is_bupo_without_phase_1_and_meets_the_same_problems(finished, base, tmp_path):
-    assert run(*GRPO, "--base", base, "--algo", "grpo", "--out_dir", tmp_path / "grpo") == 0
-    assert run(*GRPO, "--base", base, "--s_inter", 0, "--out_dir", tmp_path / "bupo0") == 0
+    assert run(*NO_PHASE_1, "--base", base, "--algo", "grpo", "--out_dir", tmp_path / "grpo") == 0
+    assert run(*NO_PHASE_1, "--base", base, "--s_inter", 0, "--out_dir", tmp_path / "bupo0") == 0
     assert_same_run(tmp_path / "grpo", tmp_path / "bupo0")
-    assert records(tmp_path / "grpo", "eval")[0] == records(finished, "eval")[0]
-    assert records(tmp_path / "grpo", "step")[0]["reward"] == records(finished, "step")[0]["reward"]
+    assert toy.read_metrics(tmp_path / "grpo", "eval")[0] == toy.read_metrics(finished, "eval")[0]
+    assert (
+        toy.read_metrics(tmp_path / "grpo", "step")[0]["reward"]
+        == toy.read_metrics(finished, "step")[0]["reward"]
+    )
 
 
 class Killed(BaseException):
@@ -313,14 +292,13 @@ def test_stopped_at_any_write_and_resumed_is_never_stopped(
         assert_same_run(finished, out)
 
 
-@pytest.mark.parametrize("where", ["single_operations", "own_solutions", "save_job"])
-def test_killed_before_the_first_checkpoint_a_run_begins_again(tmp_path, monkeypatch, where):
+def test_killed_after_pretraining_a_run_begins_again(tmp_path, monkeypatch):
     pretrain = toy.pretrain
     monkeypatch.setattr(toy, "pretrain", lambda *args: pretrain(*args, max_steps=100))
-    options = [*GRPO, *"--n_layer 3 --d_model 32 --steps 0 --s_inter 0".split()]
+    options = [*NO_PHASE_1, *"--n_layer 3 --d_model 32 --steps 0 --s_inter 0".split()]
     assert run(*options, "--out_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(toy, where, lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(toy, "own_solutions", lambda *_: (_ for _ in ()).throw(Killed))
         run(*options, "--out_dir", tmp_path / "killed")
     assert run("--resume", "--out_dir", tmp_path / "killed") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
@@ -330,25 +308,24 @@ def test_resume_at_the_phase_switch_and_for_longer(finished, base, tmp_path):
     out = tmp_path / "short"
     assert run(*TINY, "--base", base, "--steps", 3, "--out_dir", out) == 0
     assert run("--resume", "--steps", 12, "--out_dir", out) == 0
-    assert records(out, "step") == records(finished, "step")
-    assert all(torch.equal(v, weights(finished)[k]) for k, v in weights(out).items())
-    shutil.copytree(out, tmp_path / "copy")
     assert run("--resume", "--out_dir", out) == 0  # nothing is left to do
-    assert_same_run(out, tmp_path / "copy")
+    assert toy.read_metrics(out, "step") == toy.read_metrics(finished, "step")
+    assert all(torch.equal(v, weights(finished)[k]) for k, v in weights(out).items())
 
 
-def test_nan_stops_with_exit_code_1_and_keeps_the_checkpoint(base, tmp_path, capsys):
-    out = tmp_path / "nan"
-    assert run(*TINY, "--base", base, "--lr", "1e6", "--out_dir", out) in (0, 1)
-    assert all(torch.isfinite(v).all() for v in weights(out).values())
-    model, before = toy.load_model(base), files(out)
-    torch.nn.init.constant_(model.embed.weight[3], float("nan"))
+@pytest.mark.parametrize("value", [math.nan, [-math.inf]])
+def test_nan_stops_with_exit_code_1_and_is_never_written(
+    base, tmp_path, monkeypatch, capsys, value
+):
+    monkeypatch.setattr(toy, "describe", lambda *_: {"reward": value})
+    assert run(*TINY, "--base", base, "--out_dir", tmp_path / "out") == 1
+    assert "step 1" in one_sentence(capsys)
+    assert not toy.read_metrics(tmp_path / "out", "step")
+    model, before = toy.load_model(base), files(tmp_path)
+    torch.nn.init.constant_(model.embed.weight[3], math.nan)
     with pytest.raises(FloatingPointError):
-        toy.save_checkpoint(out / "ckpt.pt", model)
-    for value in (float("nan"), [float("-inf")]):
-        with pytest.raises(FloatingPointError, match="step 3"):
-            toy.add_record([], "step", step=3, reward=value)
-    assert before == files(out)
+        toy.save_checkpoint(tmp_path / "out" / "ckpt.pt", model)
+    assert before == files(tmp_path)
 
 
 def test_default_directories_never_collide(tmp_path, monkeypatch):
@@ -378,14 +355,12 @@ def test_impossible_options(argv, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", ["--algo ppo", "--layer low", "--stepz 3", "--step 3", "--help"])
-def test_argparse_knows_all_options_and_no_other(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(*argv.split())
-    printed = capsys.readouterr()
-    assert stop.value.code == (0 if argv == "--help" else 2) and "Traceback" not in printed.err
-    if argv == "--help":
-        assert all(f"--{f.name}" in printed.out for f in toy.fields(toy.Settings))
+def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
+    for argv, code in (("--help", "0"), ("--step 3", "2"), ("--layer low", "2")):
+        with pytest.raises(SystemExit, match=code):
+            run(*argv.split())
+    printed = capsys.readouterr().out
+    assert all(f"--{f.name}" in printed for f in toy.fields(toy.Settings))
 
 
 def test_devices(tmp_path, capsys):
@@ -411,32 +386,25 @@ def test_what_is_refused_changes_nothing(finished, base, tmp_path, capsys):
     assert before == files(finished) and not (tmp_path / "x").exists()
 
 
-SPOILED = [1, -1.5, "text", None, [], {}, [1, "x"], {"a": None}]
+def each_spoiled(content):
+    """Copies of nested dictionaries; in each, one value at some depth is of a type that fits no use."""
+    for key, value in content.items():
+        yield content | {key: {"a": None}}
+        if isinstance(value, dict):
+            yield from (content | {key: inside} for inside in each_spoiled(value))
 
 
-def spoil(path, rng):
-    """One value in a file, however deep inside, becomes another; says which."""
-    is_json, values = path.suffix == ".json", [*SPOILED, torch.zeros(3), torch.zeros(2, 2)]
-    content = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
-    inside, key = content, rng.choice(list(content))
-    while isinstance(inside[key], dict) and inside[key] and rng.random() < 0.7:
-        inside, key = inside[key], rng.choice(list(inside[key]))
-    inside[key] = rng.choice(SPOILED if is_json else values)
-    path.write_text(json.dumps(content)) if is_json else torch.save(content, path)
-    return f"{path.name} {key} {inside[key]!r}"
-
-
-@pytest.mark.parametrize("seed", range(36))
-def test_spoiled_files_are_a_sentence_or_harmless(copied, capsys, seed):
+@pytest.mark.parametrize("name", ["ckpt.pt", "base.pt", "config.json"])
+def test_spoiled_files_are_refused_in_a_sentence(copied, capsys, name):
     """Whatever is changed in a file of a run: no traceback, and what is refused changes nothing."""
-    name = ["config.json", "ckpt.pt", "base.pt"][seed % 3]
-    what = spoil(copied / name, random.Random(seed))
-    before = files(copied)
-    code = run("--resume", "--out_dir", copied)
-    assert code in (0, 2), what
-    if code == 2:
-        assert str(copied) in one_sentence(capsys) or name == "config.json", what
-        assert before == files(copied), what
+    path = copied / name
+    is_json = name == "config.json"
+    content = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
+    for spoiled in each_spoiled(content):
+        path.write_text(json.dumps(spoiled)) if is_json else torch.save(spoiled, path)
+        before = files(copied)
+        assert run("--resume", "--out_dir", copied) == 2
+        assert str(copied) in one_sentence(capsys) and before == files(copied)
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "base.pt", "config.json"])
@@ -479,21 +447,19 @@ def test_where_the_rule_names_no_layer_the_command_that_goes_on_is_said(
 ):
     inside = toy.means_inside
     monkeypatch.setattr(toy, "means_inside", lambda *a: inside(*a) | {"d_mlp": [-0.1, -0.2, 0.3]})
-    options = [a for a in TINY if a not in ("--layer", "2")]
+    options = [*NO_PHASE_1, "--s_inter", 3]
     assert run(*options, "--base", base, "--out_dir", tmp_path / "out") == 2
     argv = one_sentence(capsys).split("python train_toy.py")[1].replace("N", "2").split()
     assert run(*options, *argv, "--out_dir", tmp_path / "next") == 0
 
 
-def test_everything_without_a_network_or_a_gpu(base, tmp_path):
-    """Sockets and CUDA calls forbidden, default encodings an error, on a cp1252 console."""
+def test_everything_without_a_network(base, tmp_path):
+    """Sockets forbidden, default encodings an error, on a cp1252 console."""
     argv = [*TINY, "--base", str(base), "--out_dir", str(tmp_path / "out")]
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('network')\n"
         "socket.socket.connect = refuse\n"
-        "import torch\n"
-        "torch.cuda.current_device = torch.cuda.synchronize = torch.cuda.init = refuse\n"
         "import train_toy\n"
         f"sys.exit(train_toy.main({argv!r}))"
     )
@@ -508,5 +474,5 @@ def test_everything_without_a_network_or_a_gpu(base, tmp_path):
 def test_smoke_run_learns(tmp_path):
     """From nothing to the table: right answers rise by 10 points or more at the trained length."""
     assert run("--preset", "smoke", "--threads", 1, "--out_dir", tmp_path / "smoke") == 0
-    before, *_, after = records(tmp_path / "smoke", "eval")
+    before, *_, after = toy.read_metrics(tmp_path / "smoke", "eval")
     assert after["tiers"]["3"]["avg@8"] > before["tiers"]["3"]["avg@8"] + 0.1
