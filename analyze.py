@@ -1,6 +1,6 @@
 """A look at one model or one run: what its internal policies are, and what training does to them.
 
-    python analyze.py RUN                       all that the run has data for, into RUN/figures
+    python analyze.py all RUN                   all of a run, into RUN/figures
     python analyze.py entropy RUN               entropy flow and entropy change by layer (Fig. 2, 3)
     python analyze.py dynamics RUN              training (Fig. 4, 7), feature refinement (Fig. 5)
     python analyze.py writes RUN                cosine of each write with the stream (Appendix B.2)
@@ -8,9 +8,10 @@
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers of an internal policy itself
     python analyze.py step RUN                  one update as a table, token by token
 
-In place of RUN all but `dynamics` take a language model: a name on the Hugging Face hub
-(OWNER/NAME), a directory with safetensors, or a .gguf file (needs the extra `hf`). Figure numbers
-are the paper's. Entropies are in nats, at temperature 1. Layers are 1..L; H^0 is the embedding.
+In place of RUN the commands from entropy to step, but for dynamics, take a language model: a name
+on the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file (needs the extra
+`hf`). Figure numbers are the paper's. Entropies are in nats, at temperature 1. Layers are 1..L; H^0
+is the embedding.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -32,8 +33,7 @@ import minibupo
 import train_toy as toy
 from minibupo import FULL, SITES, Policy, Rollouts, response_mask
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+plt.switch_backend("Agg")  # pictures are written, not shown
 
 # ---- what is looked at -------------------------------------------------------------------------
 
@@ -50,8 +50,8 @@ class Subject:
     decode: Callable  # token ids -> text
     eos_id: int
     limit: int  # tokens that a response may take
-    run: Path | None = None  # None for a language model,
-    settings: toy.Settings | None = None  # and so is this
+    run: Path | None = None  # None for a language model
+    settings: toy.Settings | None = None  # of the run
 
     def word(self, token: int) -> str:
         """The text of one token: a dot for a space, an escape for what cannot be seen."""
@@ -74,8 +74,8 @@ def read_run(path: Path, chosen="base", device="auto") -> Subject:
 
     names = [name for name, file in CHECKPOINTS.items() if (path / file).is_file()]
     names = names if chosen in CHECKPOINTS else [chosen]
-    text = (encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
-    return Subject(path / "figures", chosen, names, load, *text, path, s)
+    codec = (encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
+    return Subject(path / "figures", chosen, names, load, *codec, path, s)
 
 
 def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
@@ -84,8 +84,8 @@ def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
 
     model, tokenizer = load(source, dtype, toy.pick_device(device))
     name = Path(source).name.removesuffix(".gguf")
-    text = (partial(encode_chat, tokenizer), tokenizer.decode, tokenizer.eos_token_id, 48)
-    return Subject(Path("out") / name / "figures", name, [name], lambda _: model, *text)
+    codec = (partial(encode_chat, tokenizer), tokenizer.decode, tokenizer.eos_token_id, 48)
+    return Subject(Path("out") / name / "figures", name, [name], lambda _: model, *codec)
 
 
 def looked_at(subject: Subject, model, args):
@@ -98,7 +98,8 @@ def looked_at(subject: Subject, model, args):
     tokens = torch.tensor([ids], device=model.device)
     if args.text is None:
         tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
-    mask = torch.arange(1, tokens.shape[1], device=model.device)[None] >= prompt_len
+    T = max(1, tokens.shape[1])  # a text of no tokens has no positions
+    mask = torch.arange(1, T, device=model.device)[None] >= prompt_len
     if not mask.any():
         raise ValueError("there is no response to look at")
     return tokens, mask
@@ -247,10 +248,10 @@ def read_training(subject: Subject) -> dict:
 
 
 def target_policy(subject: Subject) -> Policy:
-    """The policy of a run's phase 1; of a GRPO run, the one that the paper's rule names."""
-    path = subject.run / "ckpt.pt"
-    with toy.reading(path):
-        return Policy(*toy.load_checkpoint(path)[1]["target"])
+    """The policy of a run's phase 1; of a GRPO run, the one that train_toy.pick_target shows."""
+    _, content = toy.load_checkpoint(subject.run / "ckpt.pt")
+    with toy.reading(subject.run / "ckpt.pt"):
+        return Policy(*content["target"])
 
 
 # ---- lens, sample ------------------------------------------------------------------------------
@@ -259,8 +260,7 @@ TITLES = ("layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$")
 
 
 def lens(subject: Subject, args):
-    """lens.png of the chosen checkpoint, and lens.html of all: what internal policies would say at
-    each position of a response."""
+    """lens.png of one checkpoint, lens.html of all: what each internal policy would say."""
     model = subject.load(subject.chosen)
     tokens, mask = (x[:1] for x in looked_at(subject, model, args))  # of one text
     positions = mask[0].nonzero()[:, 0].tolist()
@@ -306,7 +306,7 @@ def draw_lens(cells: dict, said: list[str], log_vocab: float):
     """Layers by response positions: each cell has the token that a policy would choose, in bold if
     it is the one that follows, coloured by the policy's entropy."""
     L, M = len(cells["mlp_out"]), len(said)
-    size = max(WIDTH, (0.4 if log_vocab < 4 else 0.55) * M + 1), 0.6 * L + 1.5
+    size = max(WIDTH, (0.4 if log_vocab < 4 else 0.55) * M + 1), 0.6 * L + 1.5  # words are wider
     figure, axes = plt.subplots(3, figsize=size, sharex=True, height_ratios=(L + 1, L, L))
     for ax, site, title in zip(axes, SITES, TITLES):
         rows = cells[site]
@@ -331,31 +331,27 @@ def sample(subject: Subject, args):
     """Print responses of an internal policy to a prompt, and its accuracy beside pi_theta's."""
     model, prompt = subject.load(subject.chosen), args.prompt or "7+5*3-2="
     layer = target_policy(subject).layer if args.layer is None else args.layer
-    policies = {f"layer {layer}": model.truncated(layer), "pi_theta": model}
     asked = torch.tensor([subject.encode(prompt, "")[0]], device=model.device)
     options = dict(num_samples=args.count, eos_id=subject.eos_id)
     options["generator"] = toy.torch_stream(model.device, 0, "sample")
-    for name, policy in policies.items():
+    for name, policy in ((f"layer {layer}", model.truncated(layer)), ("pi_theta", model)):
         print(f"responses of {name} ({subject.chosen}) to {prompt}")
         sampled = policy.generate(asked, subject.limit, **options)
         for row, end in zip(sampled.tokens.tolist(), sampled.end.tolist()):
             print(f"  {subject.decode(row[asked.shape[1] : end])!r}")
-    if subject.run is None:
-        return
-    print(f"{AVG} on 128 held-out problems of each length, in %:")
-    for name, policy in policies.items():
-        results, _ = toy.evaluate(policy, subject.settings, subject.settings.tiers, 128)
-        columns = (f"   n = {n}: {100 * result[AVG]:5.1f}" for n, result in results.items())
-        print(f"  {name:10}", *columns, sep="")
+        if subject.run:
+            results, _ = toy.evaluate(policy, subject.settings, subject.settings.tiers, 128)
+            shares = (f"n = {n}: {100 * result[AVG]:.1f}" for n, result in results.items())
+            print(f"  {AVG} on 128 held-out problems of each length, in %:", *shares, sep="   ")
 
 
 # ---- step --------------------------------------------------------------------------------------
 
 WHY = """
-Before the step every ratio is 1. So the loss is only minus the mean advantage of the tokens, 0 if
-all responses are equally long, and says nothing of how good they are. Its gradient is not 0: for a
-token it is -advantage / tokens times the gradient of its log-probability. "none": this gradient
-does not exist, and nothing moves these weights. E_u is lm_head.weight, or the embedding if tied."""
+Before the step every ratio is 1. So the loss is minus the mean advantage of the tokens: about 0,
+however good the responses are. Its gradient is not 0: for a token it is -advantage / tokens times
+the gradient of its log-probability. "none": this gradient does not exist, and nothing moves these
+weights. E_u is lm_head.weight, or the embedding if tied."""
 
 
 def step(subject: Subject, args):
@@ -391,6 +387,7 @@ def one_question(subject: Subject, model, args) -> Rollouts:
     whose responses, sampled from the model, are not all right or all wrong."""
     if not (args.prompt or args.responses or args.rewards):
         batch = toy.rollouts(subject.settings, model, step=1)
+        # where none is mixed, one_step says so
         q, G = int((batch.rewards.std(1) > 0).float().argmax()), subject.settings.group
         return Rollouts(*(x[q * G : (q + 1) * G] for x in batch[:3]), batch.rewards[q : q + 1])
     if not (args.prompt and args.responses and len(args.responses) == len(args.rewards or [])):
@@ -409,13 +406,13 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
     advantages = minibupo.group_advantages(rewards)[0].to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     old = minibupo.token_logprobs(model, tokens, mask, policy).detach()
-    # no clipping, to see the true norms; AdamW's first step is the same for a scaled gradient
+    # the norm is not clipped, to show the true one; AdamW's first step hardly depends on its size
     log = minibupo.update(model, optimizer, rollouts, policy, minibatches=1, max_grad_norm=math.inf)
     if log["optimizer_steps"] == 0:
         raise ValueError("all rewards are equal: no response has an advantage, nothing is learned")
     new = minibupo.token_logprobs(model, tokens, mask, policy).detach().requires_grad_()
 
-    phase = f"1: {policy.site}, layer {policy.layer}" if policy.layer else "2: pi_theta"
+    phase = "2: pi_theta" if policy == FULL else f"1: {policy.site}, layer {policy.layer}"
     numbers = {"": f"phase {phase}"}
     for when, logp in (("before", old), ("after", new)):
         loss, cut_off = minibupo.surrogate(logp, old, advantages, mask)
@@ -426,7 +423,8 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
     numbers["gradient norm of"] = ""
     for part, norm in gradient_norms(model).items():
         numbers[f"  {part}"] = "none" if norm is None else f"{norm:.4f}"
-    [gradient] = torch.autograd.grad(loss, new)  # 0 where the clip has taken it away
+    # `loss` is that after the step: a token that the clip has cut off has no gradient
+    [gradient] = torch.autograd.grad(loss, new)
     columns = {}
     for i, t in mask.nonzero().tolist():
         cut = "yes" if gradient[i, t] == 0 else "no"
@@ -435,8 +433,7 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
 
 
 def gradient_norms(model) -> dict[str, float | None]:
-    """The norm of the gradient by layer, and of each parameter outside the layers; None where there
-    is no gradient."""
+    """The gradient's norm by layer, and by parameter outside the layers; None without gradient."""
     norms = {}
     for name, parameter in model.named_parameters():
         number = re.search(r"\.(\d+)\.", name)  # of the layer, from 0
@@ -471,12 +468,11 @@ STYLE = [  # matplotlib's own, then what we change
 
 
 def curve(ax, first: int, values, colour, label=None):
-    """The mean of values (layers, M) over positions, from layer `first` on, with the middle half of
-    the positions as a band."""
+    """The mean of values (layers, M) over positions by layer, and their middle half as a band."""
     layers = range(first, first + len(values))
     ax.fill_between(layers, *np.quantile(values, (0.25, 0.75), 1), color=colour, alpha=0.18, lw=0)
     ax.plot(layers, values.mean(1), "o-", color=colour, label=label)
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     ax.set_xlabel("layer" if first else "layer (0: embedding)")
 
 
@@ -491,19 +487,19 @@ def save(path: Path, content):
     print(f"wrote {path}")
 
 
-COMMANDS = {  # what each does, and the options that not every command has
+COMMANDS = {  # the function of each, and which of the options it has that not all have
     "all": (everything, ()),
-    "entropy": (entropy, ("prompt", "text")),
+    "entropy": (entropy, ("prompt", "text", "checkpoint")),
     "dynamics": (dynamics, ()),
-    "writes": (writes, ("prompt", "text")),
-    "lens": (lens, ("prompt", "text")),
-    "sample": (sample, ("prompt", "layer", "count")),
-    "step": (step, ("prompt", "layer", "responses", "rewards")),
+    "writes": (writes, ("prompt", "text", "checkpoint")),
+    "lens": (lens, ("prompt", "text", "checkpoint")),
+    "sample": (sample, ("prompt", "layer", "count", "checkpoint")),
+    "step": (step, ("prompt", "layer", "responses", "rewards", "checkpoint")),
 }
 
 
 def parse_arguments(argv) -> argparse.Namespace:
-    """The command line. A first argument that is no command is a run, of which all is wanted."""
+    """The command line. Ends with a sentence for an option that the command does not have."""
     style = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser("analyze.py", **style, allow_abbrev=False)
     add = parser.add_argument
@@ -520,10 +516,8 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", help="of a language model: float32, bfloat16, float16")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    is_run = argv and argv[0] not in COMMANDS and not argv[0].startswith("-")
-    args = parser.parse_intermixed_args(["all", *argv] if is_run else argv)
-    for name in ("prompt", "text", "layer", "count", "responses", "rewards"):
+    args = parser.parse_intermixed_args(argv)
+    for name in ("prompt", "text", "layer", "count", "responses", "rewards", "checkpoint"):
         given = getattr(args, name) not in (None, parser.get_default(name))
         if given and name not in COMMANDS[args.command][1]:
             parser.error(f"{args.command} has no {name}")
@@ -535,7 +529,11 @@ def read_subject(args) -> Subject:
     path = Path(args.run)
     on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.run) and not path.parent.exists()
     if path.is_file() or on_the_hub or list(path.glob("*.safetensors")):
-        # what a run has of its own: problems, steps, the layer of phase 1
+        if args.command in ("all", "dynamics"):
+            raise ValueError(
+                f"{args.command} is of a run: a language model has no steps of RL here"
+            )
+        # a run knows these; a language model has to be told
         if args.prompt is None or (args.layer is None and args.command in ("sample", "step")):
             raise ValueError("a language model needs a prompt, and --layer to sample or step")
         subject = read_language_model(args.run, args.dtype, args.device)
@@ -543,7 +541,7 @@ def read_subject(args) -> Subject:
         default = "final" if args.command in ("lens", "sample") else "base"
         subject = read_run(path, args.checkpoint or default, args.device)
     else:
-        raise ValueError(f"{args.run} is neither a run nor a language model nor a command")
+        raise ValueError(f"{args.run} is neither a run nor a language model")
     # the figures of a --checkpoint go into a folder of its name
     subject.folder = args.out or subject.folder / Path(args.checkpoint or "").stem
     return subject
@@ -556,7 +554,7 @@ def main(argv=None) -> int:
         with plt.style.context(STYLE):
             COMMANDS[args.command][0](read_subject(args), args)
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
 

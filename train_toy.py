@@ -455,7 +455,7 @@ def run(s: Settings, resume: bool):
     write_text(out / "config.json", json.dumps(asdict(s), indent=2))
     print(f"run {out} on {device}, {s.threads} threads", flush=True)
     train(s, job or new_job(s, out, device))
-    print(f"all of it is in {out}; next, see the internal policies: python analyze.py {out}")
+    print(f"all of it is in {out}; next, see the internal policies: python analyze.py all {out}")
 
 
 def new_job(s: Settings, out: Path, device) -> Job:

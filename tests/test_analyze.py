@@ -246,7 +246,7 @@ def test_lens_page_in_a_browser(finished, tmp_path):
 
 
 def test_everything_of_a_run(copied):
-    assert run(copied) == 0
+    assert run("all", copied) == 0
     made = {str(p.relative_to(copied / "figures")) for p in (copied / "figures").rglob("*.*")}
     figures = {"entropy_flow", "entropy_change", "writes"}
     expected = {"lens", "dynamics", "refinement", *figures, *(f"final/{f}" for f in figures)}
@@ -268,19 +268,22 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
     printed = capsys.readouterr().out
     model, s = toy.load_model(finished / "ckpt.pt"), toy.read_settings(finished)
     expected = toy.evaluate(model.truncated(1), s, [3], 128)[0]["3"]["avg@8"]
-    assert f"layer 1      n = 3: {100 * expected:5.1f}" in printed
+    of_layer, of_pi_theta = printed.split("responses of")[1:]
+    assert of_layer.startswith(" layer 1") and f"n = 3: {100 * expected:.1f}" in of_layer
+    assert of_pi_theta.startswith(" pi_theta")
 
 
 def test_a_run_that_was_stopped_early(copied, capsys):
     (copied / "ckpt.pt").unlink()
-    assert run(copied) == 2 and "ckpt.pt" in capsys.readouterr().err
+    assert run("all", copied) == 2 and "ckpt.pt" in capsys.readouterr().err
     assert (copied / "figures" / "entropy_flow.png").exists()
 
 
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ("nowhere", "neither a run nor"),
+        ("all nowhere", "neither a run nor"),
+        ("step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4", "layer"),
         ("entropy RUN/..", "config.json"),
         ("entropy RUN --checkpoint best", "best"),
         ("entropy RUN --checkpoint RUN/config.json", "damaged"),

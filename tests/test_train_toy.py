@@ -422,7 +422,9 @@ def test_checkpoints_that_do_not_fit_are_refused(copied, capsys):
     misfits = dict(step=-1, target=[4, "resid_post"], records=7, format=1, optimizer={0: moments})
     for name, value in misfits.items():
         torch.save(whole | {name: value}, copied / "ckpt.pt")
+        before = files(copied)
         assert run("--resume", "--out_dir", copied) == 2 and one_sentence(capsys), name
+        assert before == files(copied), name
 
 
 def test_a_bug_keeps_its_traceback(base, tmp_path, monkeypatch):
