@@ -1,7 +1,7 @@
 """README's figures.
 
     python experiments/figures.py seeds     # after seeds.py: entropy, lens, dynamics, Pass@K
-    python experiments/figures.py study     # after study.py and mechanism.py: effects, prediction
+    python experiments/figures.py study     # after study.py, mechanism.py, lm_study.py: effects
 
 Entropies and the lens are of seed 0, the others of all five seeds. Takes about five minutes and the
 extra `bench`. They are written to experiments/figures.
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
@@ -24,6 +25,7 @@ from experiments import mechanism, study  # noqa: E402
 from experiments.seeds import read_lines  # noqa: E402
 
 FIGURES = ROOT / "experiments" / "figures"
+LANGUAGE_MODEL = ROOT / "experiments" / "results" / "lm_pairs.jsonl"
 RUNS = [str(ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
 ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row says}}
     "C1": {
@@ -40,7 +42,7 @@ ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row 
         "GRPO, moments reset at 5": "only the optimizer's reset",
     },
     "C0": {
-        f"BuPO, layer {l}, W = {W}": f"BuPO at layer {l}, base with W = {W}"
+        f"BuPO, layer {l}, W = {W}": f"BuPO at layer {l}, base trained with W = {W}"
         for l in (3, 5)
         for W in study.WEIGHTS
     },
@@ -53,20 +55,29 @@ ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row 
 }
 
 
-def forest(lines: list[dict]):
-    """Each effect on held-out accuracy over the run, as a row with its 95 % interval over bases."""
-    figure, ax = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
+def forest(lines: list[dict], pairs: list[dict]):
+    """Each effect on accuracy over the run as a row, with its 95 % interval over bases; for the
+    language model on the reward over the run, with the interval over seeds."""
+    figure, ax = plt.subplots(figsize=(6.5, 5), layout="constrained")
     labels = []
+
+    def row(colour, label, d):
+        mean, half = study.interval(d)
+        ax.errorbar(mean, -len(labels), xerr=half, fmt="o", color=colour, capsize=2)
+        labels.append(f"{label}  ({len(d)})")
+
     for colour, rows in ROWS.items():
         for arm, label in rows.items():
             d = study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
-            if len(d) >= 5:  # an interval from fewer says nothing
-                mean, half = study.interval(d)
-                ax.errorbar(mean, -len(labels), xerr=half, fmt="o", color=colour, capsize=2)
-                labels.append(f"{label}  ({len(d)})")
+            if d:
+                row(colour, label, d)
+    reward = {(line["arm"], line["seed"]): 100 * np.mean(line["reward"]) for line in pairs}
+    for arm in dict.fromkeys(arm for arm, _ in reward if arm != "GRPO"):
+        d = [value - reward["GRPO", seed] for (name, seed), value in reward.items() if name == arm]
+        row("C3", f"SmolLM2: {arm}", d)
     ax.axvline(0, color="0.45", linewidth=0.8)
     ax.set_yticks([-i for i in range(len(labels))], labels)
-    ax.set_xlabel("accuracy over the run, difference in points  (bases)")
+    ax.set_xlabel("difference over the run, in points (in brackets: bases, or seeds)")
     save(figure, "study_effects.png")
 
 
@@ -111,7 +122,7 @@ if __name__ == "__main__":
         of_seeds()
     elif sys.argv[1:] == ["study"]:
         runs = read_lines(study.RESULTS)
-        forest(runs)
+        forest(runs, read_lines(LANGUAGE_MODEL))
         scatter(mechanism.prediction(read_lines(mechanism.RESULTS), runs))
     else:
         sys.exit(__doc__)
