@@ -96,6 +96,20 @@ def scatter(points: list[tuple]):
     save(figure, "study_prediction.png")
 
 
+def training(pairs: list[dict]):
+    """SmolLM2 in training by hf/train.py: held-out reward, mean over seeds with their spread."""
+    figure, ax = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    for arm in dict.fromkeys(line["arm"] for line in pairs):
+        held = np.array([line["held_out"] for line in pairs if line["arm"] == arm])
+        steps, mean, std = range(0, 5 * held.shape[1], 5), held.mean(0), held.std(0, ddof=1)
+        ax.plot(steps, mean, "o-", markersize=3, label=f"{arm} ({len(held)} seeds)")
+        ax.fill_between(steps, mean - std, mean + std, alpha=0.15, linewidth=0)
+    ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":")  # phase 1 is 8 optimizer steps
+    ax.set(xlabel="optimizer step", xticks=steps, ylabel="held-out reward", ylim=(0, 1))
+    ax.legend(fontsize=7)
+    save(figure, "language_model_training.png")
+
+
 def save(figure, name: str):
     """Write a figure and say so."""
     figure.savefig(FIGURES / name, dpi=160)
@@ -122,7 +136,9 @@ if __name__ == "__main__":
         of_seeds()
     elif sys.argv[1:] == ["study"]:
         runs = read_lines(study.RESULTS)
-        forest(runs, read_lines(LANGUAGE_MODEL))
+        pairs = read_lines(LANGUAGE_MODEL)
+        forest(runs, pairs)
+        training(pairs)
         scatter(mechanism.prediction(read_lines(mechanism.RESULTS), runs))
     else:
         sys.exit(__doc__)

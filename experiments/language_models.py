@@ -1,10 +1,9 @@
-"""A look at real language models: entropy, what each layer would say, and the curves of training.
+"""A look at real language models: entropy, and what each layer would say.
 
     python experiments/language_models.py smollm2            # or qwen; three to ten minutes
     python experiments/language_models.py MODEL [NAME]       # a hub name, a directory, a .gguf file
     python experiments/language_models.py signs smollm2      # the main README's numbers; a minute
     python experiments/language_models.py cost smollm2       # phase 1 against phase 2: time, memory
-    python experiments/language_models.py curves RUN ...     # output directories of hf.train
 
 SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct come from packages that others put on the
 Python package index. They are read as data only, and only if their SHA-256 is right. Numbers go to
@@ -261,30 +260,6 @@ def draw(found: dict, name: str):
     save(figure, f"{name}_layers.png")
 
 
-def curves(runs: list[Path]):
-    """results/language_model_training.json and its figure, from the logs of hf.train."""
-    found, figure = {}, plt.figure(figsize=(4.5, 3), layout="constrained")
-    ax = figure.add_subplot()
-    for run in runs:
-        log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-        steps = [entry for entry in log if "rewards/right_answer/mean" in entry]
-        evaluations = [entry for entry in log if "eval_reward" in entry]
-        found[run.name] = {
-            "reward": [[entry["step"], entry["reward"]] for entry in steps],
-            "phase": [
-                [entry["step"], entry["bupo/phase"]] for entry in steps if "bupo/phase" in entry
-            ],
-            "held_out": [[entry["step"], entry["eval_reward"]] for entry in evaluations],
-            "step_time": [entry["step_time"] for entry in log if "step_time" in entry],
-        }
-        (line,) = ax.plot(*zip(*found[run.name]["reward"]), linewidth=0.8)
-        ax.plot(*zip(*found[run.name]["held_out"]), "o-", color=line.get_color(), label=run.name)
-    ax.set(xlabel="optimizer step", ylabel="reward; dots: held out", ylim=(0, 1))
-    ax.legend()
-    write("language_model_training.json", found)
-    save(figure, "language_model_training.png")
-
-
 def save(figure, name: str):
     figure.savefig(FIGURES / name, dpi=150)
     print(f"wrote {FIGURES / name}")
@@ -299,9 +274,6 @@ def main(argv) -> int:
     if not argv:
         print(__doc__)
         return 2
-    if argv[0] == "curves":
-        curves([Path(run) for run in argv[1:]])
-        return 0
     command = {"signs": signs, "cost": cost}.get(argv[0], report)
     argv = argv[command is not report :]
     try:
