@@ -58,7 +58,7 @@ ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row 
 def forest(lines: list[dict], pairs: list[dict]):
     """Each effect on accuracy over the run as a row, with its 95 % interval over bases; for the
     language model on the reward over the run, with the interval over seeds."""
-    figure, ax = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     labels = []
 
     def row(colour, label, d):
@@ -69,7 +69,7 @@ def forest(lines: list[dict], pairs: list[dict]):
     for colour, rows in ROWS.items():
         for arm, label in rows.items():
             d = study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
-            if d:
+            if len(d) > 1:
                 row(colour, label, d)
     reward = {(line["arm"], line["seed"]): 100 * np.mean(line["reward"]) for line in pairs}
     for arm in dict.fromkeys(arm for arm, _ in reward if arm != "GRPO"):
@@ -77,7 +77,7 @@ def forest(lines: list[dict], pairs: list[dict]):
         row("C3", f"SmolLM2: {arm}", d)
     ax.axvline(0, color="0.45", linewidth=0.8)
     ax.set_yticks([-i for i in range(len(labels))], labels)
-    ax.set_xlabel("difference over the run, in points (in brackets: bases, or seeds)")
+    ax.set_xlabel("arm - GRPO over the run, in points  (bases or seeds)")
     save(figure, "study_effects.png")
 
 
