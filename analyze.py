@@ -2,16 +2,16 @@
 
     python analyze.py all RUN                   all of a run, into RUN/figures
     python analyze.py entropy RUN               entropy flow and entropy change by layer (Fig. 2, 3)
+    python analyze.py writes RUN                the same, and cosines of the writes (Appendix B.2)
     python analyze.py dynamics RUN              training (Fig. 4, 7), feature refinement (Fig. 5)
-    python analyze.py writes RUN                cosine of each write with the stream (Appendix B.2)
     python analyze.py lens RUN "7+5*3-2="       what each internal policy would say: picture, page
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers of an internal policy itself
     python analyze.py step RUN                  one update as a table, token by token
 
-In place of RUN the commands from entropy to step, but for dynamics, take a language model: a name
-on the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file (needs the extra
-`hf`). Figure numbers are the paper's. Entropies are in nats, at temperature 1. Layers are 1..L; H^0
-is the embedding.
+In place of RUN the others than `all` and `dynamics` take a language model: a name on the Hugging
+Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file (needs the extra `hf`). Figure
+numbers are the paper's. Entropies are in nats, at temperature 1. Layers are 1..L; H^0 is the
+embedding.
 """
 
 import argparse
@@ -105,14 +105,6 @@ def looked_at(subject: Subject, model, args):
     return tokens, mask
 
 
-def look(subject: Subject, args) -> tuple[dict, float]:
-    """minibupo.look_inside as float64 arrays (L, M) or (L+1, M), and log V, the largest entropy."""
-    model = subject.load(subject.chosen)
-    found = minibupo.look_inside(model, *looked_at(subject, model, args))
-    arrays = {name: values.cpu().double().numpy() for name, values in found.items()}
-    return arrays, math.log(model.vocab_size)
-
-
 # ---- entropy (Fig. 2, 3), writes (Appendix B.2) ------------------------------------------------
 
 LAYER, FFN, ATTENTION, NORMED, MATCHED = "C0", "C1", "C2", "C3", "C5"  # one colour each everywhere
@@ -121,10 +113,12 @@ GREY, WIDTH = "0.45", 7.0  # WIDTH in inches: both columns of a two-column page
 
 def entropy(subject: Subject, args):
     """entropy.json, entropy_flow.png and entropy_change.png of one checkpoint. The file has means
-    over positions, their standard errors as NAME_sem (None for one position), and medians as
-    NAME_median, since a few positions can own a mean."""
-    found, log_vocab = look(subject, args)
-    M = found["layer"].shape[1]
+    over positions of all that look_inside measures, their standard errors as NAME_sem (None for one
+    position), and medians as NAME_median, since a few positions can own a mean. Returns it all."""
+    model = subject.load(subject.chosen)
+    found = minibupo.look_inside(model, *looked_at(subject, model, args))
+    found = {name: values.cpu().double().numpy() for name, values in found.items()}
+    M, log_vocab = found["layer"].shape[1], math.log(model.vocab_size)
     summary = {"positions": M, "log_vocab": log_vocab, "target_layer": None}
     for name, values in found.items():
         summary[name] = values.mean(1).tolist()
@@ -139,6 +133,7 @@ def entropy(subject: Subject, args):
     save(subject.folder / "entropy.json", json.dumps(summary, indent=1))
     save(subject.folder / "entropy_flow.png", draw_flow(found, log_vocab))
     save(subject.folder / "entropy_change.png", draw_change(found, summary["target_layer"]))
+    return found
 
 
 def draw_flow(found: dict, log_vocab: float):
@@ -184,9 +179,9 @@ def draw_change(found: dict, target: int | None):
 
 
 def writes(subject: Subject, args):
-    """writes.png: the cosine of each module's write with the stream that it is added to, by layer.
-    Above 0 it amplifies what is there, below 0 it suppresses it. Numbers are in entropy.json."""
-    found, _ = look(subject, args)
+    """All of `entropy`, and writes.png: the cosine of each write with the stream that it is added
+    to. Above 0 it amplifies what is there, below 0 it suppresses it."""
+    found = entropy(subject, args)
     figure, ax = plt.subplots(figsize=(WIDTH / 2, 2.4))
     ax.axhline(0, color="black", linewidth=0.6)
     curve(ax, 1, found["cos_attn"], ATTENTION, "attention")
@@ -451,7 +446,6 @@ def everything(subject: Subject, args):
     """All of a run but samples: of its base in `folder`, of the trained model in folder/final."""
     trained = replace(subject, chosen="final")
     for each in (subject, replace(trained, folder=subject.folder / "final")):
-        entropy(each, args)
         writes(each, args)
     lens(trained, args)
     dynamics(subject, args)

@@ -4,7 +4,7 @@
     python experiments/lm_study.py pairs smollm2        # or qwen: training by hf/train.py, in pairs
 
 What has a line of results is not run again. On two cores the cosines take a quarter of an hour for
-SmolLM2 and an hour for Qwen, the pairs two hours each. Needs the extras `hf` and `bench`; the
+SmolLM2 and an hour for Qwen, the pairs 90 minutes each. Needs the extras `hf` and `bench`; the
 models are those that experiments/language_models.py fetches.
 """
 
