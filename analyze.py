@@ -99,7 +99,7 @@ def looked_at(subject: Subject, model, args):
     if args.text is None:
         tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
     T = max(1, tokens.shape[1])  # a text of no tokens has no positions
-    mask = torch.arange(1, T, device=model.device)[None] >= prompt_len
+    mask = response_mask(torch.tensor([prompt_len]), torch.tensor([T]), T).to(model.device)
     if not mask.any():
         raise ValueError("there is no response to look at")
     return tokens, mask
@@ -511,7 +511,7 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", help="of a language model: float32, bfloat16, float16")
     args = parser.parse_intermixed_args(argv)
-    for name in ("prompt", "text", "layer", "count", "responses", "rewards", "checkpoint"):
+    for name in sorted({option for _, options in COMMANDS.values() for option in options}):
         given = getattr(args, name) not in (None, parser.get_default(name))
         if given and name not in COMMANDS[args.command][1]:
             parser.error(f"{args.command} has no {name}")

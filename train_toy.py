@@ -475,9 +475,7 @@ def new_job(s: Settings, out: Path, device) -> Job:
     print(f"\ninternal entropies of the base, in nats (uniform: {math.log(VOCAB_SIZE):.2f})")
     print("layer   H(H^l)   normed  dH_ATTN   dH_FFN dH_Layer")
     names = ("layer", "layer_normed", "d_attn", "d_mlp", "d_layer")
-    columns = [
-        inside[name][-s.n_layer :] for name in names
-    ]  # layer and layer_normed begin with H^0
+    columns = [inside[name][-s.n_layer :] for name in names]  # without the H^0 that two have
     for l, row in enumerate(zip(*columns), 1):
         mark = "  <- target" if l == target.layer and s.s_inter else ""
         print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row) + mark)

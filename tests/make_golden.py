@@ -97,7 +97,7 @@ def expected(given: dict, dtype=torch.float64) -> dict:
 
 @torch.no_grad()
 def first_row(model, tokens) -> dict:
-    """Of row 0 all that layers read and write, and the logits: to see where a rewrite goes wrong."""
+    """Of row 0 all that layers read and write, and the logits: shows where a rewrite goes wrong."""
     traces = list(model.trace(tokens))
     stream = [traces[0].resid_pre, *(trace.resid_post for trace in traces)]
     found = {"row0.layer": torch.cat(stream), "row0.logits": model(tokens)[0]}

@@ -198,7 +198,8 @@ window.onerror = message => found.push(message);
 function note(site) {
   const details = all("#detail table").map(t => [t.id, t.caption.textContent.split(": ")[1],
     [...t.rows].map(r => [...r.cells].map(c => c.textContent))]);
-  found.push([$("name").textContent, details, all(`td[data-site=${site}]`).map(td => td.textContent)]);
+  const grid = all(`td[data-site=${site}]`).map(td => td.textContent);
+  found.push([$("name").textContent, details, grid]);
 }
 const key = k => document.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}));
 document.querySelector("td[data-site=attn_out][data-layer='2'][data-position='3']")

@@ -1,5 +1,5 @@
-"""experiments/gpu.py and cuda_graph.py on a CPU: every part runs in its smallest form, one that fails
-does not stop the rest, and sampling with fixed shapes chooses what model.generate chooses."""
+"""experiments/gpu.py and cuda_graph.py on a CPU: every part runs in its smallest form, one that
+fails does not stop the rest, and sampling with fixed shapes chooses what model.generate chooses."""
 
 import json
 

@@ -105,7 +105,7 @@ def test_contract(family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", OPEN)
 def test_samples(family):
-    """Ragged prompts give what each gives alone, and a truncated model says what its policy says."""
+    """Ragged prompts give what each gives alone; a truncated model says what its policy says."""
     lm = build(family, **OPEN[family]).eval()
     model, lengths = HFModel(lm), [5, 3, 4]
     many = model.generate(TOKENS[:3, :5], 6, temperature=0, prompt_len=lengths, num_samples=2)
@@ -344,7 +344,7 @@ class Recorder(BuPOTrainer):
 
 
 def rows_of(seen):
-    """The rows of a mini-batch of TRL's as minibupo has them: tokens from the left, and their mask."""
+    """The rows of a mini-batch of TRL's as minibupo has them: tokens from the left, and mask."""
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     rows = [(p[a == 1], c[b == 1]) for p, a, c, b in zip(*(seen[name] for name in names))]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in rows], batch_first=True)

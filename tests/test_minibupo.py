@@ -274,7 +274,7 @@ BATCH = dict(advantage="reinforce++", minibatches=3, clip=0.05, max_grad_norm=1e
 )
 @pytest.mark.parametrize("policy", POLICIES)
 def test_update_against_a_plain_loop(policy, options, chunk):
-    """Ratio, clip, averages, mini-batches, gradient norm: the same weights after it, the same log."""
+    """Ratio, clip, averages, mini-batches, gradient norm: the same weights after it, and log."""
     ours, plain = (tiny(dtype=torch.float64, tied=False) for _ in range(2))
     batch = rollouts(ours, temperature=options.get("temperature", 1.0))
     log = minibupo.update(ours, sgd(ours, lr=1.0), batch, policy, **options, **chunk)
@@ -287,7 +287,7 @@ def test_update_against_a_plain_loop(policy, options, chunk):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("policy", POLICIES[1:])
 def test_gradient_flow_of_phase_1(policy, tied):
-    """Eq. 15, 16: nothing above l (of pi_ATTN^l, nor in the FFN of l), something below and in E_u."""
+    """Eq. 15, 16: nothing above l (of pi_ATTN^l nor in l's FFN), something below and in E_u."""
     model = tiny(tied=tied)
     batch = rollouts(model)
     batch.tokens[batch.tokens == 8] = 7  # so that token 8 is never met

@@ -1,7 +1,7 @@
 """model.py against its own definitions, written down a second time.
 
-H^l = H^0 + sum A^i + sum F^j        logits = unembed(final_norm(H^L))        residual(l) = trace's H^l
-cached = uncached                    truncated(l) = softmax(H^l E_u^T)        rows as if sampled alone
+H^l = H^0 + sum A^i + sum F^j    logits = unembed(final_norm(H^L))    residual(l) = trace's H^l
+cached = uncached                truncated(l) = softmax(H^l E_u^T)    rows as if sampled alone
 """
 
 import math

@@ -82,7 +82,7 @@ def test_characters_outside_the_vocabulary_are_refused(text):
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_solutions_against_arithmetic(n):
-    """Careful work does one operation a line, sloppy work leaves lines out, and all of it is right."""
+    """Careful work does one operation a line, sloppy work leaves lines out, and all is right."""
     assert toy.careful("7+5*3-2") == ["7+5*3-2", "2*3-2", "6-2", "4"]
     rng = random.Random(n)
     for _ in range(200):
@@ -253,10 +253,8 @@ def test_grpo_is_bupo_without_phase_1_and_meets_the_same_problems(finished, base
     assert run(*NO_PHASE_1, "--base", base, "--s_inter", 0, "--out_dir", tmp_path / "bupo0") == 0
     assert_same_run(tmp_path / "grpo", tmp_path / "bupo0")
     assert toy.read_metrics(tmp_path / "grpo", "eval")[0] == toy.read_metrics(finished, "eval")[0]
-    assert (
-        toy.read_metrics(tmp_path / "grpo", "step")[0]["reward"]
-        == toy.read_metrics(finished, "step")[0]["reward"]
-    )
+    first, wanted = (toy.read_metrics(path, "step")[0] for path in (tmp_path / "grpo", finished))
+    assert first["reward"] == wanted["reward"]
 
 
 class Killed(BaseException):
@@ -338,7 +336,8 @@ def test_default_directories_never_collide(tmp_path, monkeypatch):
 
 # ---- bad input ----
 
-IMPOSSIBLE = """--steps 3 --s_inter 4, --layer 0, --layer 6, --site attn_out, --group 1, --lr 0, --lr nan
+IMPOSSIBLE = """--steps 3 --s_inter 4, --layer 0, --layer 6, --site attn_out, --group 1, --lr 0
+--lr nan
 --layer auto --site attn_out, --algo grpo --layer 2, --s_inter 0 --site mlp_out, --skip 1.5, --n 2
 --algo grpo --s_inter 3, --seed 4294967296, --seed -1, --d_model 63, --base nowhere.pt, --base .
 --eval_problems 1001, --threads 0, --resume --out_dir nowhere, --device cud, --resume --steps 3"""
@@ -387,7 +386,7 @@ def test_what_is_refused_changes_nothing(finished, base, tmp_path, capsys):
 
 
 def each_spoiled(content):
-    """Copies of nested dictionaries; in each, one value at some depth is of a type that fits no use."""
+    """Copies of nested dictionaries; in each, one value at some depth is of a type of no use."""
     for key, value in content.items():
         yield content | {key: {"a": None}}
         if isinstance(value, dict):

@@ -88,7 +88,7 @@ def test_an_incomplete_report_is_told_what_it_lacks(text, expected):
 
 
 def test_students_t_of_exercise_10():
-    """95 % of Student's density lie within T95[n], n - 1 degrees of freedom: a sum of thin strips."""
+    """95 % of Student's density lie within T95[n], n - 1 degrees of freedom: by thin strips."""
     for n, bound in load(COURSE / "exercises" / "ex10_pairs.py").T95.items():
         strips = 200_001
         t = np.linspace(-bound, bound, strips)

@@ -1,4 +1,4 @@
-"""course/lecture.ipynb from its first to its last cell in a fresh kernel, against what is committed.
+"""course/lecture.ipynb from first to last cell in a fresh kernel, against what is committed.
 
 Needs the extra `course`. Cells carry tags. `within-A-R`: a new run must repeat the printed numbers
 within A, or a share R. Where they come from samples this leaves room for other samples, since
