@@ -72,20 +72,6 @@ class Generation(NamedTuple):
     end: torch.Tensor  # (N,) one past the response's last token; EOS is part of the response
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 or wider."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
-
-
 def rope_table(cfg: GPTConfig):
     """cos and sin (context_length, 1, D) of position * theta^(-2i/D), i = 0..D/2-1, twice over."""
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
@@ -109,8 +95,8 @@ class Attention(nn.Module):
         self.heads = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)  # of q, k, v
         self.head_dim = cfg.head_dim
         self.qkv = nn.Linear(cfg.d_model, sum(self.heads) * cfg.head_dim, bias=cfg.qkv_bias)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=False)
 
     def forward(self, x, rope, cache=None, start=0):
@@ -147,9 +133,10 @@ class Block(nn.Module):
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        # nn.RMSNorm: x / sqrt(mean(x^2) + eps) * weight, in float32 or wider inside
+        self.attn_norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attn = Attention(cfg)
-        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp_norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
     def forward(self, resid_pre, rope, cache=None, start=0) -> LayerTrace:
@@ -173,7 +160,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.final_norm = nn.RMSNorm(cfg.d_model, cfg.norm_eps)
         # its weight is E_u (V, d)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         for name, parameter in self.named_parameters():

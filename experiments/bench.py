@@ -177,7 +177,7 @@ def our_step(s: toy.Settings, model, optimizer, step: int, tilted=False) -> Roll
     rollouts = toy.rollouts(s, model, step)
     if tilted:
         rollouts = rollouts._replace(rewards=tilt(rollouts.rewards))
-    minibupo.update(model, optimizer, rollouts)
+    minibupo.update(model, optimizer, rollouts, chunk=toy.rows_at_a_time(model.device))
     return rollouts
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_toy as toy  # noqa: E402
-from model import rotate, sample  # noqa: E402
+from model import Generation, rotate, sample  # noqa: E402
 
 
 class Decoder:
@@ -23,14 +23,23 @@ class Decoder:
 
     def __init__(self, model, prompt, max_new_tokens, prompt_len, num_samples, pad_id, temperature):
         self.model, self.limit, self.temperature = model, max_new_tokens, temperature
-        self.lengths = prompt_len.repeat_interleave(num_samples)
-        self.start = pad(prompt, (0, max_new_tokens), value=pad_id)
-        self.start = self.start.repeat_interleave(num_samples, dim=0)
+        self.num_samples, self.pad_id = num_samples, pad_id
+        self.lengths, self.start = self.rows(prompt, prompt_len)
         (N, T), c = self.start.shape, model.cfg
         self.tokens, self.end = self.start.clone(), self.lengths.clone()
         self.t = torch.zeros(1, dtype=torch.long, device=prompt.device)
         cache = torch.zeros(c.n_layer, 2, N, c.n_kv_head, T, c.head_dim, device=prompt.device)
         self.cache = cache.to(model.embed.weight.dtype)
+
+    def rows(self, prompt, prompt_len):
+        """Lengths (N,) and tokens (N, T) of the rows before anything is sampled."""
+        start = pad(prompt, (0, self.limit), value=self.pad_id)
+        return (x.repeat_interleave(self.num_samples, dim=0) for x in (prompt_len, start))
+
+    def ask(self, prompt, prompt_len):
+        """Other prompts, as many and as wide as those before: the graph keeps its tensors."""
+        for mine, new in zip((self.lengths, self.start), self.rows(prompt, prompt_len)):
+            mine.copy_(new)
 
     def step(self):
         """Choose token t + 1 of every row, from token t and the cache."""
@@ -67,8 +76,31 @@ class Decoder:
                 break
 
 
-def captured(step):
-    """A call that does what step() does, by a CUDA graph."""
+KEPT = {}  # decoders and their steps, by model and shape
+
+
+@torch.no_grad()
+def respond(model, s, problems, samples, generator) -> Generation:
+    """In place of train_toy.respond. Random numbers are the default generator's, which a graph can
+    go on with: others than without it, and the same for the same step."""
+    prompts, prompt_len = toy.padded([toy.encode(p + "=") for p in problems], model.device)
+    key = id(model), samples, prompts.shape
+    if key not in KEPT:
+        decoder = Decoder(model, prompts, s.response_limit, prompt_len, samples, toy.PAD, 1)
+        KEPT[key] = decoder, captured(decoder)
+    decoder, step = KEPT[key]
+    decoder.ask(prompts, prompt_len)
+    torch.manual_seed(generator.initial_seed())
+    decoder.generate(step)
+    tokens, end = decoder.tokens[:, : int(decoder.end.max())].clone(), decoder.end.clone()
+    return Generation(tokens, decoder.lengths.clone(), end)
+
+
+def captured(decoder):
+    """A call that does what decoder.step() does, by a CUDA graph; not on CUDA, decoder.step."""
+    step = decoder.step
+    if not decoder.tokens.is_cuda:
+        return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # before the capture kernels are chosen, and memory is taken

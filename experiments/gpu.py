@@ -8,11 +8,13 @@
     agreement  the same numbers as on the CPU: logits, entropies, greedy samples, gradients
     resume     a run twice, and stopped and resumed: how far are the weights apart?
     step       seconds of a step by part, tokens a second, share of the device's peak
-    graph      sampling by one CUDA graph a token (cuda_graph.py)
+    graph      sampling by one CUDA graph a token (cuda_graph.py), and the main job with it
     large      a step of a larger setting, its memory on paper and as measured
     analyze    every command of analyze.py, on the run of `main`
-    trl        the same step by TRL's GRPOTrainer (needs the extra `bench`)
+    trl        a step beside one of TRL's GRPOTrainer (needs the extra `bench`)
     bfloat16   a step of the larger setting under autocast, rescoring included
+    language   hf/train.py on SmolLM2 and Qwen, where language_models.py has fetched them before
+    train      the larger setting from nothing to its final table, with figures beside --json
 
 Parts are in order of worth. None starts once --minutes are over; one that fails does not stop the
 rest. After each, all that is known is written to --json. Nothing is fetched from a network.
@@ -22,6 +24,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -29,6 +32,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -38,20 +42,22 @@ sys.path.insert(0, str(ROOT))
 import analyze  # noqa: E402
 import minibupo  # noqa: E402
 import train_toy as toy  # noqa: E402
-from experiments import bench  # noqa: E402
+from experiments import bench, cuda_graph  # noqa: E402
 from experiments.cuda_graph import Decoder, captured  # noqa: E402
 from minibupo import FULL, Policy, response_mask  # noqa: E402
 
 BASE = ROOT / "course" / "base.pt"
 LARGE = dict(n=9, n_layer=12, d_model=384)  # 23 million parameters
+LARGE_RATES = 1e-3, 1.5e-4  # of its pretraining and of its RL: wide models want lower ones
+LARGE_STEPS = 80
 TINY = dict(n=3, n_layer=2, d_model=32, questions=4, group=4)
 SHORT = f"--base {BASE} --questions 8 --eval_problems 16 --threads 1".split()
 
 
 def seconds(o, f) -> float:
-    """Median seconds of five calls, after one that does not count."""
+    """Median seconds of three calls, after one that does not count."""
     times = []
-    for _ in range(2 if o.quick else 6):
+    for _ in range(2 if o.quick else 4):
         o.wait()
         started = time.perf_counter()
         f()
@@ -74,10 +80,10 @@ def run_toy(o, name: str, *options: str) -> Path:
     return o.work / name
 
 
-def main_job(o) -> dict:
+def main_job(o, name="main") -> dict:
     started = time.time()
     quick = [*SHORT, *"--steps 2 --s_inter 1 --layer 2".split()]
-    out = run_toy(o, "main", *(quick if o.quick else []))
+    out = run_toy(o, name, *(quick if o.quick else []))
     written = [(out / name).stat().st_mtime for name in ("base.pt", "ckpt.pt")]
     found = {"seconds, base model": written[0] - started, "seconds, all": time.time() - started}
     found["seconds, RL with evaluations and looks inside"] = written[1] - written[0]
@@ -207,21 +213,25 @@ def large(o) -> dict:
     return found | step(o, chunks=[64], **LARGE)
 
 
-@torch.no_grad()
 def graph(o) -> dict:
     """Of course/base.pt, whose responses end by themselves."""
     _, _, asked = setting(o)
     model, found = toy.load_model(BASE, o.device), {}
-    for temperature in (0, 1):
-        decoder = Decoder(model, **asked, temperature=temperature)
-        step = captured(decoder.step) if o.device.type == "cuda" else decoder.step
-        decoder.generate(step)
-        if temperature == 0:
-            theirs = model.generate(**asked, temperature=0, eos_id=toy.EOS)
-            ours = decoder.tokens[:, : theirs.tokens.shape[1]]
-            found["greedy: share of equal tokens"] = float((ours == theirs.tokens).float().mean())
-    found["seconds, by graph"] = seconds(o, lambda: decoder.generate(step))
+    with torch.no_grad():
+        for temperature in (0, 1):
+            decoder = Decoder(model, **asked, temperature=temperature)
+            step = captured(decoder)
+            decoder.generate(step)
+            if temperature == 0:
+                theirs = model.generate(**asked, temperature=0, eos_id=toy.EOS)
+                equal = decoder.tokens[:, : theirs.tokens.shape[1]] == theirs.tokens
+                found["greedy: share of equal tokens"] = float(equal.float().mean())
+        found["seconds, by graph"] = seconds(o, lambda: decoder.generate(step))
     by_generate = seconds(o, lambda: model.generate(**asked, eos_id=toy.EOS))
+    with mock.patch.object(toy, "respond", cuda_graph.respond):
+        job = main_job(o, "main-by-graph")
+    cuda_graph.KEPT.clear()
+    found |= {f"the main job: {what}": value for what, value in job.items()}
     return found | {"seconds, by model.generate": by_generate}
 
 
@@ -247,11 +257,61 @@ def trl(o) -> dict:
     peer.train(s, qwen3, 3 if o.quick else 8, bench.STILL, reward, after)
     theirs = statistics.median(b - a for a, b in zip(times, times[1:]))
     ours = seconds(o, lambda: bench.our_step(s, model, optimizer, 1, tilted=True))
-    return {"seconds, ours": ours, "seconds, TRL": theirs, "ratio": theirs / ours}
+    with mock.patch.object(toy, "respond", cuda_graph.respond):
+        by_graph = seconds(o, lambda: bench.our_step(s, model, optimizer, 1, tilted=True))
+    found = {"seconds, TRL": theirs, "seconds, ours": ours, "ratio": theirs / ours}
+    return found | {"seconds, ours by graph": by_graph, "ratio, by graph": theirs / by_graph}
 
 
-PARTS = dict(main=main_job, agreement=agreement, resume=resume, step=step, graph=graph, large=large)
-PARTS |= dict(analyze=analyze_commands, trl=trl, bfloat16=bfloat16)
+def language(o) -> dict:
+    """BuPO on the middle layer of real models, one run each: seconds a batch in both phases."""
+    from experiments import language_models, lm_study
+
+    found = {}
+    for name, (middle, _) in lm_study.LAYERS.items():
+        if o.quick or not (language_models.CACHE / f"{name}.gguf").exists():
+            found[name] = "skipped: not in the cache"
+            continue
+        line = lm_study.train(name, f"BuPO, layer {middle}", seed=800)
+        phase1 = 2 * lm_study.TRAINING[name]["phase1"]  # two optimizer steps a batch
+        for phase, times in enumerate((line["step_time"][2:phase1], line["step_time"][phase1:]), 1):
+            found[f"{name}, seconds a batch, phase {phase}"] = 2 * statistics.mean(times)
+        found[f"{name}, reward by batch"] = " ".join(f"{x:.2f}" for x in line["reward"])
+        found |= {
+            f"{name}, {key}": line[key] for key in ("seconds", "peak_memory_gb") if key in line
+        }
+    return found
+
+
+def train_large(o) -> dict:
+    """A base model of the larger setting, then BuPO on the layer that the rule picks."""
+    pretrain_lr, lr = LARGE_RATES
+    sizes, steps = (TINY, 2) if o.quick else (LARGE, LARGE_STEPS)
+    s, records, started = toy.Settings(**sizes, lr=lr), [], time.perf_counter()
+    torch.manual_seed(s.seed)
+    model, base = toy.GPT(s.model_config()).to(o.device), o.work / "large-base.pt"
+    toy.pretrain(s, model, records, max_steps=50 if o.quick else 3000, lr=pretrain_lr)
+    toy.save_checkpoint(base, model)
+    found = {"seconds, base model": time.perf_counter() - started}
+    found |= {f"pretraining, {name}": records[-1][name] for name in ("step", "single_operations")}
+    options = ["--base", str(base), "--n", str(s.n), "--lr", str(lr), "--steps", str(steps)]
+    quick = [*SHORT, *"--n 3 --s_inter 1 --layer 2".split()]
+    started = time.perf_counter()
+    run = run_toy(o, "large", *options, *(quick if o.quick else []))
+    found["seconds, RL"] = time.perf_counter() - started
+    found["target layer"] = toy.load_checkpoint(run / "ckpt.pt")[1]["target"][0]
+    first, *_, last = (r["tiers"] for r in toy.read_metrics(run, "eval"))
+    for n in first:
+        found[f"Avg@8, n = {n}"] = f"{first[n]['avg@8']:.3f} -> {last[n]['avg@8']:.3f}"
+    if not o.quick:
+        analyze.main(["all", str(run), "--device", o.device.type])
+    shutil.copytree(run, o.json.with_suffix(".large"), dirs_exist_ok=True)
+    return found
+
+
+PARTS = dict(main=main_job, agreement=agreement, resume=resume, step=step, graph=graph, trl=trl)
+PARTS |= dict(large=large, analyze=analyze_commands, bfloat16=bfloat16, language=language)
+PARTS |= dict(train=train_large)
 
 
 def run_part(o, part) -> dict:

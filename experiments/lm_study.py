@@ -21,11 +21,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.language_models import fetch  # noqa: E402
-from experiments.seeds import machine, read_lines, run_missing, save_report  # noqa: E402
+from experiments.seeds import machine, run_missing, save_report  # noqa: E402
 from experiments.study import interval  # noqa: E402
 from hf.adapter import encode_text, load  # noqa: E402
 from hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
 from minibupo import Rollouts, group_advantages, response_mask  # noqa: E402
+from train_toy import pick_device  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 TASKS = {  # digits and operations of hf.train's arithmetic, longest response, questions a batch
@@ -45,12 +46,12 @@ def sample(model, tokenizer, task: dict, seed: int) -> Rollouts:
     longest = max(map(len, prompts))
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
     sampled = model.generate(
-        padded,
+        padded.to(model.device),
         task["longest"],
         prompt_len=[len(ids) for ids in prompts],
         num_samples=GROUP,
         eos_id=encode_text(tokenizer, "\n")[-1],
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(model.device).manual_seed(seed),
     )
     rows = zip(sampled.tokens.tolist(), sampled.prompt_len.tolist(), sampled.end.tolist())
     texts = [tokenizer.decode(row[start:end]) for row, start, end in rows]
@@ -62,8 +63,8 @@ def gradient(model, rollouts, layer: int | None, of=slice(None)) -> tuple[dict, 
     """The gradient of GRPO's loss at ratio 1, by block {number: vector}, and the mean
     log-probability of the responses; of pi_theta (layer None) or of pi_Layer^layer."""
     model.zero_grad(set_to_none=True)
-    advantages = group_advantages(rollouts.rewards).flatten()
-    rows = torch.arange(len(advantages))[of]
+    advantages = group_advantages(rollouts.rewards).flatten().to(model.device)
+    rows = torch.arange(len(advantages), device=model.device)[of]
     count = (rollouts.end - rollouts.prompt_len)[rows].sum()
     total = 0.0
     for part in rows.split(ROWS):
@@ -100,7 +101,7 @@ def cosines(name: str, batch: int) -> dict:
     log-probability of the samples under each internal policy."""
     torch.set_num_threads(1)
     started = time.process_time()
-    model, tokenizer = load(fetch(name))
+    model, tokenizer = load(fetch(name), device=pick_device("auto"))
     rollouts = sample(model, tokenizer, TASKS[name], seed=700 + batch)
     full, logp = gradient(model, rollouts, None)
     found = {"reward": float(rollouts.rewards.mean()), "logp_policy": logp}
@@ -117,27 +118,21 @@ def cosines(name: str, batch: int) -> dict:
     return found | {"seconds": time.process_time() - started, "machine": machine()}
 
 
-def best_layer(name: str) -> int:
-    """The layer below the top whose gradient agrees most with GRPO's, mean over batches."""
-    lines = [line for line in read_lines(RESULTS / "lm_cosines.jsonl") if line["model"] == name]
-    return 1 + int(np.mean([line["raw"][:-1] for line in lines], 0).argmax())
-
-
 # ---- training in pairs -------------------------------------------------------------------------
 
 # Questions a batch, of 8 responses each; two optimizer steps a batch. Half of the trial's 16
 # questions for SmolLM2: a run takes four minutes on one core, and seeds tell more than rows do.
 TRAINING = {
     "smollm2": dict(seeds=range(800, 808), questions=8, batches=10, lr=1e-5, phase1=4),
-    "qwen": dict(seeds=range(800, 803), questions=12, batches=9, lr=1e-6, phase1=4),
+    "qwen": dict(seeds=range(800, 808), questions=12, batches=9, lr=1e-6, phase1=4),
 }
+# The middle one, and the one below the top whose gradient agrees best with GRPO's (`cosines`).
+LAYERS = {"smollm2": (15, 28), "qwen": (12, 23)}
 
 
 def arms(name: str) -> dict:
     """{name of the arm: (layer or None for GRPO, whether it is the frozen control)}."""
-    if name == "qwen":
-        return {"GRPO": (None, False), "BuPO, layer 23": (23, False)}
-    middle, best = 15, best_layer(name)
+    middle, best = LAYERS[name]
     return {
         "GRPO": (None, False),
         f"BuPO, layer {middle}": (middle, False),
@@ -165,6 +160,7 @@ def train(name: str, arm: str, seed: int) -> dict:
         **{"logging_steps": 1, "report_to": "none", "save_strategy": "no", "output_dir": out},
         **{"eval_strategy": "steps", "eval_steps": how["batches"] // 2, "eval_on_start": "true"},
         **{"num_generations_eval": 2, "per_device_eval_batch_size": 64, "seed": seed},
+        **{"bf16": "false", "gradient_checkpointing": "false"},  # on a GPU as on a CPU
     }
     argv = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     trainer, _ = make_trainer(argv + [str(p) for p in phase1 if layer and not frozen])
@@ -191,7 +187,14 @@ def train(name: str, arm: str, seed: int) -> dict:
         "step_time": [entry["step_time"] for entry in log if "step_time" in entry],
         "seconds": time.perf_counter() - started,
         "machine": machine(),
+        **gpu_memory(),
     }
+
+
+def gpu_memory() -> dict:
+    """The most memory that tensors took on a GPU, in GB; nothing without one."""
+    there = torch.cuda.is_available()
+    return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if there else {}
 
 
 # ---- tables ------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ def base_alone(seed: int) -> dict:
 
 def machine() -> str:
     """What seconds were measured on."""
-    return f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{gpu}{platform.machine()}, {versions}"
 
 
 def table_of_runs(lines: list[dict]) -> str:

@@ -25,6 +25,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig, GRPOTrainer
 
@@ -569,8 +570,9 @@ def one_of_two(argv):
     rule = (trainer.layer, logged(trainer, "bupo/d_mlp"))
     ddp = (rule, trainer.accelerator.num_processes, weights(trainer))
     alone, sharded = build(**TIED), build(**TIED)
+    mesh = init_device_mesh("cpu", (2,))
     for module in (*sharded.model.layers, sharded):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
     three_steps(alone, TOKENS)
     three_steps(sharded, TOKENS[2 * rank : 2 * rank + 2])
     fsdp = {name: p.full_tensor() for name, p in sharded.named_parameters()}
@@ -585,7 +587,8 @@ def test_two_processes(directory, tmp_path):
     words = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d".split()
     words += ["--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1", __file__]
     words += arguments(directory, tmp_path, **options)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     zero, one = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))

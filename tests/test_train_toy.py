@@ -239,7 +239,7 @@ def test_another_seed_is_another_run(finished, base, tmp_path):
 def test_learning_rate_is_constant_and_then_falls_as_1_over_step(base, tmp_path, monkeypatch):
     rates = []
 
-    def update(model, optimizer, *_):
+    def update(model, optimizer, *_, **__):
         rates.append(optimizer.param_groups[0]["lr"])
         return {}
 
