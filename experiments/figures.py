@@ -22,31 +22,33 @@ import compare  # noqa: E402
 
 import analyze  # noqa: E402
 from experiments import mechanism, study  # noqa: E402
-from experiments.seeds import read_lines  # noqa: E402
+from experiments.seeds import less_control, read_lines  # noqa: E402
 
 FIGURES = ROOT / "experiments" / "figures"
-LANGUAGE_MODEL = ROOT / "experiments" / "results" / "lm_pairs.jsonl"
+PAIRS = ROOT / "experiments" / "results" / "lm_pairs.jsonl"
+LANGUAGE_MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
+EVALUATED = {"smollm2": range(0, 21, 5), "qwen": (0, 4, 8, 12, 16, 18)}  # optimizer steps
 RUNS = [str(ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
-ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row says}}
-    "C1": {
+ROWS = {  # of the forest plot, from top to bottom: {what a colour means: {arm: its row}}
+    "phase 1": {
         "BuPO, rule": "BuPO at the rule's layer",
         "BuPO, layer 3": "BuPO at layer 3",
         "BuPO, layer 5": "BuPO at layer 5",
         "BuPO, rule, s_inter 10": "phase 1 of 10 steps, not 5",
         "BuPO, rule, s_inter 20": "phase 1 of 20 steps",
     },
-    "C2": {
+    "one change of phase 1 alone": {
         "GRPO, above rule frozen": "only freezing above the rule's layer",
         "GRPO, above 3 frozen": "only freezing above layer 3",
         "GRPO, above 5 frozen": "only freezing above layer 5",
         "GRPO, moments reset at 5": "only the optimizer's reset",
     },
-    "C0": {
-        f"BuPO, layer {l}, W = {W}": f"BuPO at layer {l}, base trained with W = {W}"
+    "internal policies pretrained (W)": {
+        f"BuPO, layer {l}, W = {W}": f"BuPO at layer {l}, W = {W}"
         for l in (3, 5)
         for W in study.WEIGHTS
     },
-    "C4": {
+    "other settings": {
         "96 problems, BuPO": "BuPO on the same 96 problems",
         "PPO, BuPO": "phase 1 in PPO",
         "RLOO, BuPO": "phase 1 in RLOO",
@@ -57,27 +59,32 @@ ROWS = {  # of the forest plot, from top to bottom: {colour: {arm: what the row 
 
 def forest(lines: list[dict], pairs: list[dict]):
     """Each effect on accuracy over the run as a row, with its 95 % interval over bases; for the
-    language model on the reward over the run, with the interval over seeds."""
-    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    labels = []
+    language models on the reward over the run, with the interval over seeds."""
+    figure, ax = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
+    names = []
 
-    def row(colour, label, d):
-        mean, half = study.interval(d)
-        ax.errorbar(mean, -len(labels), xerr=half, fmt="o", color=colour, capsize=2)
-        labels.append(f"{label}  ({len(d)})")
+    def rows(group, effects):  # {name of a row: differences}
+        at = range(-len(names), -len(names) - len(effects), -1)
+        mean, half = zip(*(study.interval(d) for d in effects.values()))
+        ax.errorbar(mean, at, xerr=half, fmt="o", capsize=2, label=group)
+        names.extend(f"{name}  ({len(d)})" for name, d in effects.items())
 
-    for colour, rows in ROWS.items():
-        for arm, label in rows.items():
-            d = study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
-            if len(d) > 1:
-                row(colour, label, d)
-    reward = {(line["arm"], line["seed"]): 100 * np.mean(line["reward"]) for line in pairs}
-    for arm in dict.fromkeys(arm for arm, _ in reward if arm != "GRPO"):
-        d = [value - reward["GRPO", seed] for (name, seed), value in reward.items() if name == arm]
-        row("C3", f"SmolLM2: {arm}", d)
+    for group, arms in ROWS.items():
+        effects = {
+            name: study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
+            for arm, name in arms.items()
+        }
+        rows(group, {name: d for name, d in effects.items() if len(d) > 1})
+    effects = {}
+    for model, name in LANGUAGE_MODELS.items():
+        of_it = [line for line in pairs if line["model"] == model]
+        of_it = less_control(of_it, "GRPO", lambda line: 100 * np.mean(line["reward"]))
+        effects |= {f"{name}: {arm}": d for arm, d in of_it.items()}
+    rows("language models", effects)
     ax.axvline(0, color="0.45", linewidth=0.8)
-    ax.set_yticks([-i for i in range(len(labels))], labels)
+    ax.set_yticks(range(0, -len(names), -1), names)
     ax.set_xlabel("arm - GRPO over the run, in points  (bases or seeds)")
+    ax.legend(loc="center left")
     save(figure, "study_effects.png")
 
 
@@ -97,16 +104,21 @@ def scatter(points: list[tuple]):
 
 
 def training(pairs: list[dict]):
-    """SmolLM2 in training by hf/train.py: held-out reward, mean over seeds with their spread."""
-    figure, ax = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    for arm in dict.fromkeys(line["arm"] for line in pairs):
-        held = np.array([line["held_out"] for line in pairs if line["arm"] == arm])
-        steps, mean, std = range(0, 5 * held.shape[1], 5), held.mean(0), held.std(0, ddof=1)
-        ax.plot(steps, mean, "o-", markersize=3, label=f"{arm} ({len(held)} seeds)")
-        ax.fill_between(steps, mean - std, mean + std, alpha=0.15, linewidth=0)
-    ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":")  # phase 1 is 8 optimizer steps
-    ax.set(xlabel="optimizer step", xticks=steps, ylabel="held-out reward", ylim=(0, 1))
-    ax.legend(fontsize=7)
+    """Language models in training by hf/train.py: held-out reward, mean over seeds with their
+    spread; phase 1, eight optimizer steps, ends at the dotted line."""
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained", sharey=True)
+    for ax, (model, name) in zip(panels, LANGUAGE_MODELS.items()):
+        of_it = [line for line in pairs if line["model"] == model]
+        for arm in dict.fromkeys(line["arm"] for line in of_it):
+            held = np.array([line["held_out"] for line in of_it if line["arm"] == arm])
+            steps = EVALUATED[model]
+            mean, std = held.mean(0), held.std(0, ddof=1)
+            ax.plot(steps, mean, "o-", markersize=3, label=f"{arm} ({len(held)} seeds)")
+            ax.fill_between(steps, mean - std, mean + std, alpha=0.15, linewidth=0)
+        ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":")
+        ax.set(title=name, xlabel="optimizer step", xticks=steps, ylim=(0, 1))
+        ax.legend(fontsize=7, loc="lower right")
+    panels[0].set_ylabel("held-out reward")
     save(figure, "language_model_training.png")
 
 
@@ -136,7 +148,7 @@ if __name__ == "__main__":
         of_seeds()
     elif sys.argv[1:] == ["study"]:
         runs = read_lines(study.RESULTS)
-        pairs = read_lines(LANGUAGE_MODEL)
+        pairs = read_lines(PAIRS)
         forest(runs, pairs)
         training(pairs)
         scatter(mechanism.prediction(read_lines(mechanism.RESULTS), runs))

@@ -48,8 +48,8 @@ from minibupo import FULL, Policy, response_mask  # noqa: E402
 
 BASE = ROOT / "course" / "base.pt"
 LARGE = dict(n=9, n_layer=12, d_model=384)  # 23 million parameters
-LARGE_RATES = 1e-3, 1.5e-4  # of its pretraining and of its RL: wide models want lower ones
-LARGE_STEPS = 80
+TRAINED = LARGE | dict(n=8)  # what `train` trains, with these rates of pretraining and of RL
+RATES = 1e-3, 1.5e-4  # lower than the default: the model is wider
 TINY = dict(n=3, n_layer=2, d_model=32, questions=4, group=4)
 SHORT = f"--base {BASE} --questions 8 --eval_problems 16 --threads 1".split()
 
@@ -285,8 +285,8 @@ def language(o) -> dict:
 
 def train_large(o) -> dict:
     """A base model of the larger setting, then BuPO on the layer that the rule picks."""
-    pretrain_lr, lr = LARGE_RATES
-    sizes, steps = (TINY, 2) if o.quick else (LARGE, LARGE_STEPS)
+    pretrain_lr, lr = RATES
+    sizes, steps = (TINY, 2) if o.quick else (TRAINED, 80)
     s, records, started = toy.Settings(**sizes, lr=lr), [], time.perf_counter()
     torch.manual_seed(s.seed)
     model, base = toy.GPT(s.model_config()).to(o.device), o.work / "large-base.pt"

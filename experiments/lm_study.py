@@ -3,9 +3,10 @@
     python experiments/lm_study.py cosines smollm2      # or qwen: every layer, four batches
     python experiments/lm_study.py pairs smollm2        # or qwen: training by hf/train.py, in pairs
 
-What has a line of results is not run again. On two cores the cosines take a quarter of an hour for
-SmolLM2 and an hour for Qwen, the pairs 90 minutes each. Needs the extras `hf` and `bench`; the
-models are those that experiments/language_models.py fetches.
+What has a line of results is not run again. On two cores SmolLM2's cosines take a quarter of an
+hour and its pairs two and a half; Qwen's would take an hour and half a day. Qwen's lines, and those
+of "smollm2, H200", were made on a GPU, where a run takes a quarter of a minute. Needs the extras
+`hf` and `bench`; the models are those that experiments/language_models.py fetches.
 """
 
 import re
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.language_models import fetch  # noqa: E402
-from experiments.seeds import machine, run_missing, save_report  # noqa: E402
+from experiments.seeds import less_control, machine, run_missing, save_report  # noqa: E402
 from experiments.study import interval  # noqa: E402
 from hf.adapter import encode_text, load  # noqa: E402
 from hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
@@ -219,29 +220,31 @@ def table_of_pairs(lines: list[dict]) -> str:
         "over the run": lambda line: 100 * np.mean(line["reward"]),
         "held out, at the end": lambda line: 100 * line["held_out"][-1],
     }
-    of = {(line["arm"], line["seed"]): line for line in lines}
-    rows = [
-        "| arm | runs | "
-        + " | ".join(measures)
-        + " | "
-        + " | ".join(f"{m}, - GRPO" for m in measures)
-        + " |"
-    ]
-    rows.append("|" + "---|" * (2 + 2 * len(measures)))
+    columns = ["arm", "runs", *measures, *(f"{name}, - GRPO" for name in measures)]
+    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    differences = [less_control(lines, "GRPO", read) for read in measures.values()]
     for arm in dict.fromkeys(line["arm"] for line in lines):
         runs = [line for line in lines if line["arm"] == arm]
         cells = [f"{np.mean([read(line) for line in runs]):.1f}" for read in measures.values()]
-        pairs = [(line, of.get(("GRPO", line["seed"]))) for line in runs if arm != "GRPO"]
-        for read in measures.values():
-            d = [read(line) - read(control) for line, control in pairs if control]
+        for d in (of.get(arm, []) for of in differences):
             cells.append("{:+.1f} ± {:.1f}".format(*interval(d)) if len(d) > 1 else "")
         rows.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
+def report(what: str, lines: list[dict]):
+    """Print the tables of all models, and write them beside the results."""
+    over = "batches" if what == "cosines" else "seeds, in points"
+    texts = [f"`python experiments/lm_study.py {what}`; ± half of the 95 % interval over {over}"]
+    for model in dict.fromkeys(line["model"] for line in lines):
+        of_it = [line for line in lines if line["model"] == model]
+        table = table_of_cosines(of_it) if what == "cosines" else table_of_pairs(of_it)
+        texts.append(f"## {model}\n\n{table}")
+    save_report(RESULTS / f"lm_{what}.jsonl", "\n\n".join(texts))
+
+
 def main(what: str, name: str):
-    """Run what is missing, and print the table."""
-    results = RESULTS / f"lm_{what}.jsonl"
+    """Run what is missing of a model."""
     if what == "cosines":
         jobs = [({"model": name, "batch": b}, cosines, name, b) for b in range(BATCHES)]
     else:
@@ -251,15 +254,7 @@ def main(what: str, name: str):
             for arm in arms(name)
         ]
     at_once = 1 if name == "qwen" else 2  # in training Qwen takes 11 GB
-    lines = run_missing(results, jobs, at_once)
-    over = "batches" if what == "cosines" else "seeds, in points"
-    texts = [f"`python experiments/lm_study.py {what}`; ± half of the 95 % interval over {over}"]
-    for model in TASKS:
-        of_it = [line for line in lines if line["model"] == model]
-        if of_it:
-            table = table_of_cosines(of_it) if what == "cosines" else table_of_pairs(of_it)
-            texts.append(f"## {model}\n\n{table}")
-    save_report(results, "\n\n".join(texts))
+    report(what, run_missing(RESULTS / f"lm_{what}.jsonl", jobs, at_once))
 
 
 if __name__ == "__main__":

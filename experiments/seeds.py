@@ -148,6 +148,17 @@ def run_missing(results: Path, jobs: list[tuple], at_once=2) -> list[dict]:
     return lines
 
 
+def less_control(lines: list[dict], control: str, measure) -> dict[str, list]:
+    """{arm: measure(line) less that of the control's line of the same seed, for all such pairs}."""
+    of_control = {line["seed"]: measure(line) for line in lines if line["arm"] == control}
+    found = {}
+    for line in lines:
+        if line["arm"] != control and line["seed"] in of_control:
+            d = measure(line) - of_control[line["seed"]]
+            found.setdefault(line["arm"], []).append(d)
+    return found
+
+
 def save_report(results: Path, text: str):
     """Print a text, and write it beside the results that it is about."""
     results.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
