@@ -17,7 +17,8 @@
     train      the larger setting from nothing to its final table, with figures beside --json
 
 Parts are in order of worth. None starts once --minutes are over; one that fails does not stop the
-rest. After each, all that is known is written to --json. Nothing is fetched from a network.
+rest. After each, all that is known is written to --json, at the end a table beside it. Nothing is
+fetched from a network.
 """
 
 import argparse
@@ -361,7 +362,9 @@ def main(argv=None) -> int:
             found[name] = {"skipped": "time is over"} if over else run_part(o, PARTS[name])
             print(f"{name}: {found[name]}", flush=True)
             o.json.write_text(json.dumps({"machine": machine, "parts": found}, indent=1) + "\n")
-    print(f"\n{table(found)}\n\n{', '.join(f'{key} {value}' for key, value in machine.items())}")
+    text = f"{table(found)}\n\n{', '.join(f'{key} {value}' for key, value in machine.items())}\n"
+    o.json.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
     return int(any("error" in result for result in found.values()))
 
 
