@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import tiny
 
-from experiments import gpu
+import train_toy as toy
+from experiments import cuda_graph, gpu
 from experiments.cuda_graph import Decoder
 
 
@@ -57,3 +58,21 @@ def test_fixed_shapes_choose_what_generate_chooses(changes):
             written = torch.arange(T) < theirs.end[:, None]
             assert torch.equal(decoder.tokens[:, :T][written], theirs.tokens[written])
     assert len(set(theirs.end.tolist())) > 1
+
+
+def test_a_kept_decoder_answers_as_generate_does():
+    """Logits are made so large that every sample is the likeliest token; the second questions meet
+    the decoder of the first."""
+    model, s = toy.load_model(gpu.BASE).double(), toy.Settings()
+    with torch.no_grad():
+        model.final_norm.weight *= 1e5
+    for step in (1, 2):
+        problems = toy.draw_questions(toy.stream(0, "questions", step), 12, s.n)
+        generators = (toy.torch_stream("cpu", 0, "responses", step) for _ in range(2))
+        theirs, ours = (
+            respond(model, s, problems, 2, next(generators))
+            for respond in (toy.respond, cuda_graph.respond)
+        )
+        assert all(map(torch.equal, theirs, ours))
+    assert len(cuda_graph.KEPT) == 1
+    cuda_graph.KEPT.clear()
