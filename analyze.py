@@ -10,8 +10,7 @@
 
 In place of RUN the others than `all` and `dynamics` take a language model: a name on the Hugging
 Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file (needs the extra `hf`). Figure
-numbers are the paper's. Entropies are in nats, at temperature 1. Layers are 1..L; H^0 is the
-embedding.
+numbers are the paper's. Entropies are in nats, at temperature 1. H^0 is the embedding.
 """
 
 import argparse
@@ -34,6 +33,13 @@ import train_toy as toy
 from minibupo import FULL, SITES, Policy, Rollouts, response_mask
 
 plt.switch_backend("Agg")  # pictures are written, not shown
+LAYER, FFN, ATTENTION, NORMED, MATCHED = "C0", "C1", "C2", "C3", "C5"  # one colour each everywhere
+GREY, WIDTH = "0.45", 7.0  # WIDTH in inches: both columns of a two-column page
+STYLE = ["seaborn-v0_8-paper", "seaborn-v0_8-colorblind", {"figure.constrained_layout.use": True}]
+STYLE += [{"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8}]
+STYLE += [{"legend.frameon": False, "lines.markeredgewidth": 1, "savefig.dpi": 200}]
+CHECKPOINTS = {"base": "base.pt", "phase1": "phase1.pt", "final": "ckpt.pt"}
+AVG = f"avg@{toy.SAMPLES}"
 
 # ---- what is looked at -------------------------------------------------------------------------
 
@@ -58,22 +64,18 @@ class Subject:
         return repr(self.decode([token]))[1:-1].replace(" ", "·")
 
 
-CHECKPOINTS = {"base": "base.pt", "phase1": "phase1.pt", "final": "ckpt.pt"}
-
-
 def read_run(path: Path, chosen="base", device="auto") -> Subject:
     """The run in a directory. Raises ValueError if there is none."""
     s, device = toy.read_settings(path), toy.pick_device(device)
     torch.set_num_threads(s.threads)
 
-    def load(name):  # one of CHECKPOINTS, or a file
-        return toy.load_model(path / CHECKPOINTS[name] if name in CHECKPOINTS else name, device)
+    def load(name):
+        return toy.load_model(path / CHECKPOINTS[name], device)
 
     def encode(prompt, response):
         return toy.encode(prompt + response), len(toy.encode(prompt))
 
     names = [name for name, file in CHECKPOINTS.items() if (path / file).is_file()]
-    names = names if chosen in CHECKPOINTS else [chosen]
     codec = (encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
     return Subject(path / "figures", chosen, names, load, *codec, path, s)
 
@@ -89,9 +91,8 @@ def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
 
 
 def looked_at(subject: Subject, model, args):
-    """Tokens (N, T) and mask (N, T-1) of the response positions that a command looks at: of --text
-    after the prompt, or of the model's greedy answer to a prompt alone. With neither they are its
-    own solutions of the run's held-out problems. Raises ValueError for an empty response."""
+    """Tokens (N, T), mask (N, T-1) of responses: --text, else a greedy answer to the prompt, else
+    own solutions of a run's held-out problems. Raises ValueError for an empty response."""
     if args.prompt is None and args.text is None:
         return toy.own_solutions(model, subject.settings)
     ids, prompt_len = subject.encode(args.prompt or "", args.text or "")
@@ -105,16 +106,12 @@ def looked_at(subject: Subject, model, args):
     return tokens, mask
 
 
-# ---- entropy (Fig. 2, 3), writes (Appendix B.2) ------------------------------------------------
-
-LAYER, FFN, ATTENTION, NORMED, MATCHED = "C0", "C1", "C2", "C3", "C5"  # one colour each everywhere
-GREY, WIDTH = "0.45", 7.0  # WIDTH in inches: both columns of a two-column page
+# ---- entropy (Fig. 2, 3), writes (Appendix B.2), dynamics (Fig. 4, 5, 7) -----------------------
 
 
 def entropy(subject: Subject, args):
-    """entropy.json, entropy_flow.png and entropy_change.png of one checkpoint. The file has means
-    over positions of all that look_inside measures, their standard errors as NAME_sem (None for one
-    position), and medians as NAME_median, since a few positions can own a mean. Returns it all."""
+    """entropy.json, entropy_flow.png, entropy_change.png; returns what look_inside measures. The
+    file has NAME, its mean over positions, NAME_sem, and NAME_median, as few can own a mean."""
     model = subject.load(subject.chosen)
     found = minibupo.look_inside(model, *looked_at(subject, model, args))
     found = {name: values.cpu().double().numpy() for name, values in found.items()}
@@ -126,13 +123,15 @@ def entropy(subject: Subject, args):
         summary[f"{name}_median"] = np.median(values, axis=1).tolist()
     try:
         summary["target_layer"] = minibupo.target_layer(summary["d_mlp"])
-        says = f"target layer {summary['target_layer']}"
     except ValueError as error:
-        says = f"no target layer: {error}"
-    print(f"{subject.chosen}, {M} response positions: {says}")
+        print(f"no target layer: {error}")
+    print(f"{subject.chosen}, {M} response positions, target layer {summary['target_layer']}")
     save(subject.folder / "entropy.json", json.dumps(summary, indent=1))
     save(subject.folder / "entropy_flow.png", draw_flow(found, log_vocab))
-    save(subject.folder / "entropy_change.png", draw_change(found, summary["target_layer"]))
+    titles = {"d_attn": "$dH_{ATTN}$", "d_mlp": "$dH_{FFN}$", "d_layer": "$dH_{Layer}$"}
+    titles["d_mlp"] += f", target layer: {summary['target_layer'] or 'none'}"
+    ylabel = "entropy change (nats)\nconvergence < 0 < exploration"
+    save(subject.folder / "entropy_change.png", draw_signed(found, titles, ylabel))
     return found
 
 
@@ -160,86 +159,59 @@ def draw_flow(found: dict, log_vocab: float):
     return figure
 
 
-def draw_change(found: dict, target: int | None):
-    """Entropy change by layer (Fig. 3), the target layer marked."""
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.4), sharey=True)
-    panels = ("d_attn", "ATTN", ATTENTION), ("d_mlp", "FFN", FFN), ("d_layer", "Layer", LAYER)
-    for ax, (name, title, colour) in zip(axes, panels):
+def draw_signed(found: dict, titles: dict, ylabel: str):
+    """Measures {name: title} of attention, FFN and layer, a panel each, by layer (Fig. 3)."""
+    figure, axes = plt.subplots(1, len(titles), figsize=(WIDTH, 2.4), sharey=True)
+    for ax, (name, title), colour in zip(axes, titles.items(), (ATTENTION, FFN, LAYER)):
         ax.axhline(0, color="black", linewidth=0.6)
         curve(ax, 1, found[name], colour)
-        ax.set_title(f"$dH_{{{title}}}$")
-    if target is not None:
-        d = found["d_mlp"][target - 1].mean()
-        axes[1].plot(target, d, "k*", markersize=9, label=f"target layer, {target}")
-        axes[1].legend(loc="upper right")
-    axes[0].set_ylabel("entropy change (nats)")
-    regions = "above 0: exploration    about 0: integration    below 0: convergence"
-    figure.suptitle(regions, size=8, color=GREY)
+        ax.set_title(title)
+    axes[0].set_ylabel(ylabel)
     return figure
 
 
 def writes(subject: Subject, args):
-    """All of `entropy`, and writes.png: the cosine of each write with the stream that it is added
-    to. Above 0 it amplifies what is there, below 0 it suppresses it."""
+    """All of `entropy`, and writes.png: the cosine of each write with the stream it is added to."""
     found = entropy(subject, args)
-    figure, ax = plt.subplots(figsize=(WIDTH / 2, 2.4))
-    ax.axhline(0, color="black", linewidth=0.6)
-    curve(ax, 1, found["cos_attn"], ATTENTION, "attention")
-    curve(ax, 1, found["cos_mlp"], FFN, "FFN")
-    ax.set_ylabel("cos(write, stream)")
-    ax.legend()
-    save(subject.folder / "writes.png", figure)
-
-
-# ---- dynamics (Fig. 4, 5, 7) -------------------------------------------------------------------
-
-ALL_LAYERS = "cos($H^l$, $H^L$), all $l$"  # has a list for each step, the others one number
-AVG = f"avg@{toy.SAMPLES}"
+    titles = {"cos_attn": "attention writes", "cos_mlp": "FFN writes"}
+    ylabel = "cos(write, stream)\nsuppresses < 0 < amplifies"
+    save(subject.folder / "writes.png", draw_signed(found, titles, ylabel))
 
 
 def dynamics(subject: Subject, args):
     """dynamics.png and refinement.png of a run; a dotted line where phase 2 begins."""
-    s_inter = subject.settings.s_inter
     for name, panels in read_training(subject).items():
         figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.2))
         for ax, (title, points) in zip(axes, panels.items()):
-            x, y = list(points), np.array(list(points.values()))
-            if title == ALL_LAYERS:
-                ax.set_prop_cycle(color=plt.cm.cividis(np.linspace(0, 0.9, y.shape[1])))
-                for l, height in enumerate(y[-1]):
-                    ax.annotate(l or "emb.", (1.02 * x[-1], height), va="center", size=6)
-            ax.plot(x, y)
-            if s_inter:
-                ax.axvline(s_inter + 0.5, color=GREY, linewidth=0.8, linestyle=":")
+            ax.plot(list(points), list(points.values()))
+            if subject.settings.s_inter:
+                ax.axvline(subject.settings.s_inter + 0.5, color=GREY, lw=0.8, ls=":")
             ax.set(title=title, xlabel="step")
         save(subject.folder / f"{name}.png", figure)
 
 
 def read_training(subject: Subject) -> dict:
-    """What a run's metrics say of its training: {figure: {title: {step: value}}}. Raises ValueError
-    for a run without steps, and for damaged metrics."""
+    """{figure: {title: {step: value}}} of a run. Raises ValueError for damaged metrics."""
     steps, tests, looks = (toy.read_metrics(subject.run, k) for k in ("step", "eval", "internal"))
     n, layer = str(subject.settings.n), target_policy(subject).layer
-    if not steps:
-        raise ValueError(f"{subject.run} has no steps of RL yet")
 
     def points(records, value):
         return {int(record["step"]): np.float64(value(record)) for record in records}
 
     with toy.reading(subject.run / "metrics.jsonl"):
-        training = {
-            "training reward": points(steps, lambda r: r["reward"]),
-            f"held-out Avg@{toy.SAMPLES}, n = {n}": points(tests, lambda r: r["tiers"][n][AVG]),
-            "entropy (nats)": points(steps, lambda r: r["policy_entropy"]),
-            "length (tokens)": points(steps, lambda r: r["length"]),
+        return {
+            "dynamics": {
+                "training reward": points(steps, lambda r: r["reward"]),
+                f"held-out {AVG}, n = {n}": points(tests, lambda r: r["tiers"][n][AVG]),
+                "entropy (nats)": points(steps, lambda r: r["policy_entropy"]),
+                "length (tokens)": points(steps, lambda r: r["length"]),
+            },
+            "refinement": {
+                "cos($H^l$, $H^L$), target $l$": points(looks, lambda r: r["cos_layer"][layer]),
+                "$dH_{Layer}$, target $l$": points(looks, lambda r: r["d_layer"][layer - 1]),
+                "perplexity": points(looks, lambda r: r["perplexity"]),
+            },
         }
-        refinement = {
-            "cos($H^l$, $H^L$), target $l$": points(looks, lambda r: r["cos_layer"][layer]),
-            ALL_LAYERS: points(looks, lambda r: r["cos_layer"]),
-            "$dH_{Layer}$, target $l$": points(looks, lambda r: r["d_layer"][layer - 1]),
-            "perplexity": points(looks, lambda r: r["perplexity"]),
-        }
-    return {"dynamics": training, "refinement": refinement}
 
 
 def target_policy(subject: Subject) -> Policy:
@@ -249,9 +221,7 @@ def target_policy(subject: Subject) -> Policy:
         return Policy(*content["target"])
 
 
-# ---- lens, sample ------------------------------------------------------------------------------
-
-TITLES = ("layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$")  # of SITES
+# ---- lens, sample, step ------------------------------------------------------------------------
 
 
 def lens(subject: Subject, args):
@@ -261,32 +231,27 @@ def lens(subject: Subject, args):
     positions = mask[0].nonzero()[:, 0].tolist()
     words = [subject.word(i) for i in tokens[0, : positions[-1] + 2].tolist()]  # up to its last
     read, said = [words[t] for t in positions], [words[t + 1] for t in positions]
-    cells = {}
-    for name in subject.checkpoints:
-        cells[name] = lens_cells(subject.load(name), tokens, mask, subject.word)
+    look = partial(lens_cells, tokens=tokens, mask=mask, word=subject.word)
+    cells = {name: look(subject.load(name)) for name in subject.checkpoints}
     data = {"title": "".join(words), "read": read, "said": said, "checkpoints": cells}
     data["logV"] = math.log(model.vocab_size)
     # "<" as an escape, so that no token can end the script that the data stands in
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
     save(subject.folder / "lens.html", page.replace("DATA", text))
-    figure = draw_lens(cells[subject.chosen]["raw"], said, data["logV"])
-    save(subject.folder / "lens.png", figure)
+    save(subject.folder / "lens.png", draw_lens(cells[subject.chosen]["raw"], said, data["logV"]))
 
 
 @torch.no_grad()
 def lens_cells(model, tokens, mask, word) -> dict:
-    """What each internal policy would say: {"raw" or "normed": {site: rows}}. A row is a layer, H^0
-    first in resid_post, and has for each response position [entropy, [token, p], ..] of the five
-    likeliest tokens. "normed" is the logit lens, softmax(LN_f(h) E_u^T)."""
+    """{"raw", or "normed" for the logit lens: {site: rows}}. A row is a layer, H^0 first, and has
+    for each response position [entropy, [token, p], ..] with the five likeliest tokens."""
 
     def row(h):  # of vectors (M, d)
         logits = minibupo.at_least_float32(model.unembed(h))
         top_p, top_ids = logits.softmax(-1).topk(5)
-        cells = []
-        for H, ps, ids in zip(minibupo.entropy(logits), top_p.tolist(), top_ids.tolist()):
-            cells.append([round(float(H), 2), *([word(i), round(p, 4)] for i, p in zip(ids, ps))])
-        return cells
+        cells = zip(minibupo.entropy(logits).tolist(), top_ids.tolist(), top_p.tolist())
+        return [[round(H, 2), *([word(i), round(p, 4)] for i, p in zip(*top))] for H, *top in cells]
 
     traces = list(model.trace(tokens[:, :-1]))
     layers = {site: [getattr(trace, site)[mask] for trace in traces] for site in SITES}
@@ -298,12 +263,12 @@ def lens_cells(model, tokens, mask, word) -> dict:
 
 
 def draw_lens(cells: dict, said: list[str], log_vocab: float):
-    """Layers by response positions: each cell has the token that a policy would choose, in bold if
-    it is the one that follows, coloured by the policy's entropy."""
+    """The likeliest token by layer and position, bold if it follows, coloured by the entropy."""
     L, M = len(cells["mlp_out"]), len(said)
     size = max(WIDTH, (0.4 if log_vocab < 4 else 0.55) * M + 1), 0.6 * L + 1.5  # words are wider
     figure, axes = plt.subplots(3, figsize=size, sharex=True, height_ratios=(L + 1, L, L))
-    for ax, site, title in zip(axes, SITES, TITLES):
+    titles = "layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$"
+    for ax, site, title in zip(axes, SITES, titles):
         rows = cells[site]
         H = np.array([[cell[0] for cell in row] for row in rows])
         image = ax.imshow(H, cmap="cividis", vmin=0, vmax=log_vocab, aspect="auto", origin="lower")
@@ -327,7 +292,7 @@ def sample(subject: Subject, args):
     model, prompt = subject.load(subject.chosen), args.prompt or "7+5*3-2="
     layer = target_policy(subject).layer if args.layer is None else args.layer
     asked = torch.tensor([subject.encode(prompt, "")[0]], device=model.device)
-    options = dict(num_samples=args.count, eos_id=subject.eos_id)
+    options = dict(num_samples=4, eos_id=subject.eos_id)
     options["generator"] = toy.torch_stream(model.device, 0, "sample")
     for name, policy in ((f"layer {layer}", model.truncated(layer)), ("pi_theta", model)):
         print(f"responses of {name} ({subject.chosen}) to {prompt}")
@@ -339,8 +304,6 @@ def sample(subject: Subject, args):
             shares = (f"n = {n}: {100 * result[AVG]:.1f}" for n, result in results.items())
             print(f"  {AVG} on 128 held-out problems of each length, in %:", *shares, sep="   ")
 
-
-# ---- step --------------------------------------------------------------------------------------
 
 WHY = """
 Before the step every ratio is 1. So the loss is minus the mean advantage of the tokens: about 0,
@@ -357,29 +320,25 @@ def step(subject: Subject, args):
     lr = subject.settings.lr if subject.settings else 1e-6  # the paper's, for a language model
     numbers1, tokens1 = one_step(copy.deepcopy(model), rollouts, target, lr)
     numbers2, tokens2 = one_step(copy.deepcopy(model), rollouts, FULL, lr)
-
     words = [[subject.word(i) for i in row] for row in rollouts.tokens.tolist()]
     P, ends = int(rollouts.prompt_len[0]), rollouts.end.tolist()
     advantages = minibupo.group_advantages(rollouts.rewards)[0]
     lines = [f"question {''.join(words[0][:P])}", "", "reward  advantage   response"]
     for R, A, row, end in zip(rollouts.rewards[0], advantages, words, ends):
         lines.append(f"{R:6g}{A:+11.3f}   {''.join(row[P:end])}")
-    lines.append("")
-    for label in numbers1:
-        lines.append(f"{label:35}{numbers1[label]:>26}{numbers2[label]:>26}".rstrip())
+    rows = (f"{label:35}{numbers1[label]:>26}{numbers2[label]:>26}".rstrip() for label in numbers1)
+    lines += ["", *rows]
     for i in (int(advantages.argmax()), int(advantages.argmin())):  # a best and a worst response
         lines += ["", "token     advantage" + "    old log p  new log p     ratio  cut off" * 2]
         for t in range(P - 1, ends[i] - 1):
             lines.append(f"{words[i][t + 1]:10}{advantages[i]:+9.3f}{tokens1[i, t]}{tokens2[i, t]}")
     text = "\n".join([*lines, WHY])
+    print(text)
     save(subject.folder / "step.txt", text)
-    if args.command == "step":
-        print(text)
 
 
 def one_question(subject: Subject, model, args) -> Rollouts:
-    """The question of --prompt, --responses and --rewards; or the first one of a run's first step
-    whose responses, sampled from the model, are not all right or all wrong."""
+    """The question of --prompt, --responses, --rewards; or a run's first one of mixed outcomes."""
     if not (args.prompt or args.responses or args.rewards):
         batch = toy.rollouts(subject.settings, model, step=1)
         # where none is mixed, one_step says so
@@ -406,7 +365,6 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict
     if log["optimizer_steps"] == 0:
         raise ValueError("all rewards are equal: no response has an advantage, nothing is learned")
     new = minibupo.token_logprobs(model, tokens, mask, policy).detach().requires_grad_()
-
     phase = "2: pi_theta" if policy == FULL else f"1: {policy.site}, layer {policy.layer}"
     numbers = {"": f"phase {phase}"}
     for when, logp in (("before", old), ("after", new)):
@@ -452,15 +410,6 @@ def everything(subject: Subject, args):
     step(subject, args)
 
 
-STYLE = [  # matplotlib's own, then what we change
-    "seaborn-v0_8-paper",
-    "seaborn-v0_8-colorblind",
-    {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8},
-    {"figure.constrained_layout.use": True, "legend.frameon": False, "savefig.dpi": 200},
-    {"lines.markeredgewidth": 1},
-]
-
-
 def curve(ax, first: int, values, colour, label=None):
     """The mean of values (layers, M) over positions by layer, and their middle half as a band."""
     layers = range(first, first + len(values))
@@ -487,7 +436,7 @@ COMMANDS = {  # the function of each, and which of the options it has that not a
     "dynamics": (dynamics, ()),
     "writes": (writes, ("prompt", "text", "checkpoint")),
     "lens": (lens, ("prompt", "text", "checkpoint")),
-    "sample": (sample, ("prompt", "layer", "count", "checkpoint")),
+    "sample": (sample, ("prompt", "layer", "checkpoint")),
     "step": (step, ("prompt", "layer", "responses", "rewards", "checkpoint")),
 }
 
@@ -503,17 +452,15 @@ def parse_arguments(argv) -> argparse.Namespace:
     add("prompt", metavar="PROMPT", nargs="?", default=argparse.SUPPRESS, help="the same")
     add("--text", help="look at this response (default: the model's own)")
     add("--layer", type=int, help="of sample and step, 1..L (default: that of phase 1)")
-    add("--count", type=int, default=4, help="responses that sample prints")
     add("--responses", nargs="+", help="of step: a group of responses to the prompt")
     add("--rewards", nargs="+", type=float, help="of step: their rewards")
-    add("--checkpoint", help="of a run: base, phase1, final, or a file (default: base or final)")
+    add("--checkpoint", choices=CHECKPOINTS, help="of a run (default: final of lens, sample)")
     add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", help="of a language model: float32, bfloat16, float16")
     args = parser.parse_intermixed_args(argv)
     for name in sorted({option for _, options in COMMANDS.values() for option in options}):
-        given = getattr(args, name) not in (None, parser.get_default(name))
-        if given and name not in COMMANDS[args.command][1]:
+        if getattr(args, name) is not None and name not in COMMANDS[args.command][1]:
             parser.error(f"{args.command} has no {name}")
     return args
 
@@ -523,11 +470,8 @@ def read_subject(args) -> Subject:
     path = Path(args.run)
     on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.run) and not path.parent.exists()
     if path.is_file() or on_the_hub or list(path.glob("*.safetensors")):
-        if args.command in ("all", "dynamics"):
-            raise ValueError(
-                f"{args.command} is of a run: a language model has no steps of RL here"
-            )
-        # a run knows these; a language model has to be told
+        if args.command in ("all", "dynamics") or args.checkpoint:
+            raise ValueError("all, dynamics and --checkpoint are of a run, not of a language model")
         if args.prompt is None or (args.layer is None and args.command in ("sample", "step")):
             raise ValueError("a language model needs a prompt, and --layer to sample or step")
         subject = read_language_model(args.run, args.dtype, args.device)
@@ -536,8 +480,7 @@ def read_subject(args) -> Subject:
         subject = read_run(path, args.checkpoint or default, args.device)
     else:
         raise ValueError(f"{args.run} is neither a run nor a language model")
-    # the figures of a --checkpoint go into a folder of its name
-    subject.folder = args.out or subject.folder / Path(args.checkpoint or "").stem
+    subject.folder = args.out or subject.folder / (args.checkpoint or "")
     return subject
 
 

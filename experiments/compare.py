@@ -128,9 +128,8 @@ def draw_training(groups: dict) -> dict:
     read = {label: [analyze.read_training(run) for run in runs] for label, runs in groups.items()}
     figures = {}
     for name, panels in next(iter(read.values()))[0].items():
-        titles = [title for title in panels if title != analyze.ALL_LAYERS]
-        figure, axes = plt.subplots(1, len(titles), figsize=(analyze.WIDTH, 2.3))
-        for ax, title in zip(axes, titles):
+        figure, axes = plt.subplots(1, len(panels), figsize=(analyze.WIDTH, 2.3))
+        for ax, title in zip(axes, panels):
             for i, (label, trainings) in enumerate(read.items()):
                 x, mean, std = over_seeds([training[name][title] for training in trainings])
                 ax.plot(x, mean, color=f"C{i}", label=label)

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,3 +43,9 @@ def finished(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert toy.main([*TINY, "--base", str(base), "--out_dir", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be written to and damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny
+from conftest import NO_PHASE_1, tiny
 
 import analyze
 import minibupo
@@ -25,12 +25,6 @@ PROMPT, TEXT = "7+5*3=", "2*3=6<eos>"
 
 def run(*argv):
     return analyze.main([*map(str, argv), "--device", "cpu"])
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of the finished run, to be written to and damaged."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def subject(path, chosen="base"):
@@ -61,10 +55,8 @@ def test_entropy_json_is_the_direct_computation(finished, tmp_path):
     def h(tensor):
         return tensor[0].detach().numpy()[5:11]  # what predicts the M tokens of TEXT
 
-    stream = [h(x) for x in (traces[0].resid_pre, *(trace.resid_post for trace in traces))]
-    normed = [
-        h(x) for x in map(model.final_norm, (traces[0].resid_pre, *(t.resid_post for t in traces)))
-    ]
+    layers = [traces[0].resid_pre, *(trace.resid_post for trace in traces)]
+    stream, normed = [h(x) for x in layers], [h(model.final_norm(x)) for x in layers]
     size = [np.sqrt((x**2).mean(1)) for x in stream]
     matched = [x * (size[-1] / of)[:, None] for x, of in zip(stream, size)]
     expected = {"rms_layer": size}
@@ -84,22 +76,16 @@ def test_entropy_json_is_the_direct_computation(finished, tmp_path):
     assert found["target_layer"] == (raising[-1] if raising else None)
 
 
-def test_one_position_has_no_standard_error(copied):
-    options = ["--prompt", "7+", "--text", "5"]
-    assert run("entropy", copied, *options) == run("writes", copied, *options) == 0
-    found = json.loads((copied / "figures" / "entropy.json").read_text())
-    assert found["positions"] == 1 and found["layer_sem"] is None
-
-
-def test_where_no_ffn_widens_there_is_no_target_layer(copied, tmp_path, capsys):
+def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_widens(copied, capsys):
     model = toy.load_model(copied / "base.pt")
     for block in model.blocks:  # an FFN that writes one vector with a huge logit is sure
         torch.nn.init.constant_(block.mlp.down.weight, 0.0)
         block.mlp.down.weight.data[0] = 1e3
     toy.save_checkpoint(copied / "base.pt", model)
-    assert run("entropy", copied, "--prompt", PROMPT, "--text", TEXT, "--out", tmp_path) == 0
+    assert run("writes", copied, "--prompt", "7+", "--text", "5") == 0
     assert "no target layer" in capsys.readouterr().out
-    assert json.loads((tmp_path / "entropy.json").read_text())["target_layer"] is None
+    found = json.loads((copied / "figures" / "entropy.json").read_text())
+    assert (found["positions"], found["layer_sem"], found["target_layer"]) == (1, None, None)
 
 
 # ---- step ----
@@ -140,9 +126,8 @@ def test_step_is_a_step(finished, policy):
             assert [float(x) for x in shown[:2]] == pytest.approx([p, q], abs=0.01)
             r = float(shown[2])
             assert r == pytest.approx(np.exp(q - p), rel=0.05)
-            assert (cut == "yes") == (r > 1.2 if A > 0 else r < 0.8) or min(
-                abs(r - 0.8), abs(r - 1.2)
-            ) < 0.01
+            on_the_edge = min(abs(r - 0.8), abs(r - 1.2)) < 0.01
+            assert (cut == "yes") == (r > 1.2 if A > 0 else r < 0.8) or on_the_edge
             cut_off += cut == "yes"
     assert not columns and numbers["tokens cut off after the step"] == f"{cut_off} of {tokens}"
 
@@ -280,29 +265,31 @@ def test_a_run_that_was_stopped_early(copied, capsys):
     assert (copied / "figures" / "entropy_flow.png").exists()
 
 
-@pytest.mark.parametrize(
-    "argv, says",
-    [
-        ("all nowhere", "neither a run nor"),
-        ("step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4", "layer"),
-        ("entropy RUN/..", "config.json"),
-        ("entropy RUN --checkpoint best", "best"),
-        ("entropy RUN --checkpoint RUN/config.json", "damaged"),
-        ("lens RUN 7+5= --text=", "no response"),
-        ("entropy RUN 7+x", "character 'x'"),
-        ("writes RUN " + "7+5" * 90, "context"),
-        ("sample RUN 7+5= --layer 4", "layer must be in 1..3, not 4"),
-        ("sample RUN 7+5= --count 0", "num_samples"),
-        ("step RUN 7+5=", "--responses"),
-        ("step RUN 7+5= --responses 1 2 --rewards 1", "--rewards"),
-        ("step RUN 7+5= --responses 1 2 --rewards 1 1", "all rewards are equal"),
-    ],
-)
-def test_bad_input_is_one_sentence(copied, capsys, argv, says):
+BAD_INPUT = """all nowhere: run
+step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer
+entropy RUN/..: config.json
+lens RUN 7+5= --text=: no response
+entropy RUN 7+x: 'x'
+writes RUN LONG: context
+sample RUN 7+5= --layer 4: 1..3
+step RUN 7+5=: --responses
+step RUN 7+5= --responses 1 2 --rewards 1: --rewards
+step RUN 7+5= --responses 1 2 --rewards 1 1: equal"""
+
+
+@pytest.mark.parametrize("line", BAD_INPUT.splitlines())
+def test_bad_input_is_one_sentence(copied, capsys, line):
+    argv, says = line.replace("LONG", "7+5" * 90).split(": ")
     assert run(*argv.replace("RUN", str(copied)).split()) == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("analyze.py: ") and error.count("\n") == 1
     assert not (copied / "figures").exists()
+
+
+@pytest.mark.parametrize("option", ["--checkpoint best", "--layer 2", "--prom 7+5="])
+def test_options_that_a_command_does_not_have(finished, option):
+    with pytest.raises(SystemExit, match="2"):
+        run("entropy", finished, *option.split())
 
 
 @pytest.mark.parametrize("line", ['{"kind": "step", "ste', "[]", '{"kind": "step", "step": "x"}'])
@@ -327,8 +314,7 @@ def compare():
 
 def test_compare_runs(compare, finished, copied, tmp_path):
     grpo, out, base = tmp_path / "grpo", tmp_path / "out", str(finished / "base.pt")
-    pairs = [pair for pair in zip(TINY[::2], TINY[1::2]) if pair[0] not in ("--s_inter", "--layer")]
-    options = [*sum(pairs, ()), "--algo", "grpo", "--base", base, "--out_dir", str(grpo)]
+    options = [*NO_PHASE_1, "--algo", "grpo", "--base", base, "--out_dir", str(grpo)]
     assert toy.main(options) == 0
     more = ["--problems", "4", "--samples", "8", "--out", str(out), "--device", "cpu"]
     assert compare.main([str(finished), str(copied), str(grpo), *more]) == 0
@@ -337,8 +323,8 @@ def test_compare_runs(compare, finished, copied, tmp_path):
     rows = [line.split(" | ") for line in (out / "table.md").read_text().splitlines()]
     tier = toy.read_metrics(finished, "eval")[-1]["tiers"]["3"]
     assert [row[1] for row in rows if len(row) > 1] == ["runs", "1", "2", "1"]
-    assert rows[3][3] == f"{100 * tier['avg@8']:.1f} ± 0.0"
-    assert rows[3][4] == f"{100 * tier['right_steps']:.1f} ± 0.0"
+    shares = [f"{100 * tier[name]:.1f} ± 0.0" for name in ("avg@8", "right_steps")]
+    assert rows[3][3:5] == shares
     assert set(json.loads((out / "passk.json").read_text())["curves"]) == {"base", "BuPO", "GRPO"}
     assert compare.main([str(tmp_path)]) == 2
     d_mlp = toy.read_metrics(grpo, "internal")[0]["d_mlp"]  # GRPO is shown at the rule's layer

@@ -283,7 +283,7 @@ def test_analyze_looks_into_a_language_model(directory, tmp_path, capsys):
     tokens, mask = torch.tensor([[3, 12, 3, 15, 4, 5]]), torch.tensor([[0, 0, 0, 1, 1]]).bool()
     measured = m.look_inside(HFModel(build(**TIED)), tokens, mask)["layer"].mean(1).tolist()
     assert json.loads((tmp_path / "entropy.json").read_text())["layer"] == pytest.approx(measured)
-    assert run("sample", "--layer", "2", "--count", "3").count("\n  '") == 6
+    assert run("sample", "--layer", "2").count("\n  '") == 8
     step = run("step", "--layer", "2", "--responses", "23", "31", "--rewards", "1", "0")
     (norms,) = (line.split() for line in step.splitlines() if "lm.model.norm" in line)
     assert norms[-2] == "none" and float(norms[-1]) > 0
