@@ -27,6 +27,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogFormatter
 
 import minibupo
 import train_toy as toy
@@ -147,14 +148,14 @@ def draw_flow(found: dict, log_vocab: float):
         x = np.arange(len(found[name])) + offset  # layer l stands between l - 1 and l
         read, written = found[f"{name}_in"].mean(1), found[name].mean(1)
         ax.vlines(x, read, written, color=colour)
-        ax.plot(x, read, marker, color=colour, mfc="white", label=f"{label} reads")
+        ax.plot(x, read, marker, color=colour, mfc="white", ms=8, label=f"{label} reads")
         ax.plot(x, written, marker, color=colour, label=f"{label} writes")
     ax.axhline(log_vocab, color=GREY, linewidth=0.8, linestyle=":", label="uniform")
     ax.set(ylabel="entropy (nats)", ylim=(0, 1.08 * log_vocab), xlabel="")
     figure.legend(ncols=4, loc="outside upper center")
     curve(below, 0, found["rms_layer"], LAYER)
-    below.set_yscale("log", subs=(2, 5))
-    below.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    below.set_yscale("log")
+    below.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     below.set_ylabel("RMS($H^l$)")
     return figure
 

@@ -437,7 +437,9 @@ def add_evaluation(records: list, s: Settings, model, step: int):
     tqdm.write(f"\nat step {step}, on {count} held-out problems of each length:")
     tqdm.write("digits" + "".join(f"{name:>12}" for name in names))
     for n, tier in results.items():
-        tqdm.write(f"{n:>6}" + "".join(f"{tier[name] or 0:12.3f}" for name in names))
+        # one problem has no standard error
+        cells = ("-" if tier[name] is None else f"{tier[name]:.3f}" for name in names)
+        tqdm.write(f"{n:>6}" + "".join(f"{cell:>12}" for cell in cells))
     for problem, response in examples:
         verdict = "right" if is_right(problem, response) else "wrong"
         tqdm.write(f"{problem}= {response}   ({verdict})")
@@ -687,6 +689,7 @@ def add_record(records: list, kind: str, **values):
 
 def main(argv=None) -> int:
     """Run the command line. Returns 0, 1 for NaN, 2 for bad input, 130 for Ctrl-C."""
+    s = None
     try:
         s, resume = parse_options(argv)
         run(s, resume)
@@ -695,7 +698,8 @@ def main(argv=None) -> int:
         print(f"train_toy.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print(f"\nstopped; python train_toy.py --resume --out_dir {s.out_dir}", file=sys.stderr)
+        go_on = f"; python train_toy.py --resume --out_dir {s.out_dir}" if s and s.out_dir else ""
+        print(f"\nstopped{go_on}", file=sys.stderr)
         return 130
 
 
