@@ -115,7 +115,7 @@ def training(pairs: list[dict]):
             mean, std = held.mean(0), held.std(0, ddof=1)
             ax.plot(steps, mean, "o-", markersize=3, label=f"{arm} ({len(held)} seeds)")
             ax.fill_between(steps, mean - std, mean + std, alpha=0.15, linewidth=0)
-        ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":")
+        ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":", label="phase 1 ends")
         ax.set(title=name, xlabel="optimizer step", xticks=steps, ylim=(0, 1))
         ax.legend(fontsize=7, loc="lower right")
     panels[0].set_ylabel("held-out reward")
