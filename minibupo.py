@@ -77,8 +77,7 @@ SITES = ("resid_post", "attn_out", "mlp_out")
 
 
 def policy_logits(model, tokens, policy=FULL, positions=None):
-    """Logits (B, T, V) of a policy for tokens (B, T), or (M, V) at the M `positions` of
-    tokens.flatten().
+    """Logits (B, T, V) of a policy for tokens (B, T), or (M, V) at positions of tokens.flatten().
 
     Layers above policy.layer are not computed, so they get no gradient. Raises ValueError for a
     layer or site that the model does not have.

@@ -403,9 +403,8 @@ def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[di
 
 @torch.no_grad()
 def single_operations(model, s: Settings, problems=128) -> float:
-    """How well single operations are known: on careful solutions of held-out problems, the share of
-    lines whose first token, the result of an operation, is the likeliest one. The base may jump as
-    well, but jumps spread over many tokens: the careful one stays the likeliest."""
+    """The share of lines of careful, held-out solutions whose first token, the result of a single
+    operation, is the likeliest. A base may jump as well, but jumps spread over many tokens."""
     drawn = evaluation_problems(stream(0, "single operations"), s.n, problems)
     tokens, _ = padded([encode("=".join(careful(p)) + "<eos>") for p in drawn], model.device)
     starts = tokens[:, :-1] == encode("=")[0]
