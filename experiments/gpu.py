@@ -88,11 +88,13 @@ def main_job(o, name="main") -> dict:
     written = [(out / name).stat().st_mtime for name in ("base.pt", "ckpt.pt")]
     found = {"seconds, base model": written[0] - started, "seconds, all": time.time() - started}
     found["seconds, RL with evaluations and looks inside"] = written[1] - written[0]
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    first, *_, last = (r["tiers"] for r in records if r["kind"] == "eval")
-    for n in first:
-        found[f"Avg@8, n = {n}"] = f"{first[n]['avg@8']:.3f} -> {last[n]['avg@8']:.3f}"
-    return found
+    return found | learned(out)
+
+
+def learned(run: Path) -> dict:
+    """Accuracy before and after RL, by length of problem."""
+    first, *_, last = (r["tiers"] for r in toy.read_metrics(run, "eval"))
+    return {f"Avg@8, n = {n}": f"{first[n]['avg@8']:.3f} -> {last[n]['avg@8']:.3f}" for n in first}
 
 
 def agreement(o) -> dict:
@@ -301,13 +303,10 @@ def train_large(o) -> dict:
     run = run_toy(o, "large", *options, *(quick if o.quick else []))
     found["seconds, RL"] = time.perf_counter() - started
     found["target layer"] = toy.load_checkpoint(run / "ckpt.pt")[1]["target"][0]
-    first, *_, last = (r["tiers"] for r in toy.read_metrics(run, "eval"))
-    for n in first:
-        found[f"Avg@8, n = {n}"] = f"{first[n]['avg@8']:.3f} -> {last[n]['avg@8']:.3f}"
     if not o.quick:
         analyze.main(["all", str(run), "--device", o.device.type])
     shutil.copytree(run, o.json.with_suffix(".large"), dirs_exist_ok=True)
-    return found
+    return found | learned(run)
 
 
 PARTS = dict(main=main_job, agreement=agreement, resume=resume, step=step, graph=graph, trl=trl)
