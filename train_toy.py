@@ -199,8 +199,7 @@ def pretrain(s: Settings, model, records: list, max_steps=1500, lr=4e-3):
 
     Solutions are careful until most operations are known, then get sloppy over 200 steps. In sloppy
     text the next line may be any later one. So several tokens are right at once, and operations are
-    learned slowly or never. The number of steps is not fixed: seeds differ in when they know enough
-    for RL to improve."""
+    learned slowly or never. Seeds differ in when they know enough, so steps are not fixed."""
     options = dict(weight_decay=0.1, betas=(0.9, 0.98), fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     known, learned = 0.0, None  # learned: the step at which most operations were known
@@ -285,7 +284,8 @@ def train(s: Settings, job: Job):
         return batch
 
     save_job(job)  # a resumed one, too, for it may have been killed between its two files
-    options = dict(start=job.step + 1, chunk=rows_at_a_time(model.device))
+    # 64 rows stay in a CPU's cache; a GPU, which waits for launches, wants many
+    options = dict(start=job.step + 1, chunk=64 if model.device.type == "cpu" else 256)
     steps = minibupo.bupo(model, optimizer, sample, job.target, s.s_inter, s.steps, **options)
     for step, policy, _, log in tqdm(steps, s.algo, s.steps, initial=job.step, disable=None):
         job.step, phase = step, "policy" if policy == FULL else "internal"
@@ -300,11 +300,6 @@ def train(s: Settings, job: Job):
         if step == s.s_inter:
             save_checkpoint(job.out / "phase1.pt", model)
         save_job(job)
-
-
-def rows_at_a_time(device) -> int:
-    """Of an update: 64 stay in a CPU's cache; a GPU, which waits for launches, wants many."""
-    return 64 if device.type == "cpu" else 256
 
 
 def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -> Rollouts:

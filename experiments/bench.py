@@ -172,12 +172,12 @@ def tilt(rewards):
     return rewards + 0.01 * torch.arange(rewards.shape[1])
 
 
-def our_step(s: toy.Settings, model, optimizer, step: int, tilted=False) -> Rollouts:
+def our_step(s, model, optimizer, step: int, tilted=False, chunk=64) -> Rollouts:
     """One step of GRPO by this repository."""
     rollouts = toy.rollouts(s, model, step)
     if tilted:
         rollouts = rollouts._replace(rewards=tilt(rollouts.rewards))
-    minibupo.update(model, optimizer, rollouts, chunk=toy.rows_at_a_time(model.device))
+    minibupo.update(model, optimizer, rollouts, chunk=chunk)
     return rollouts
 
 
