@@ -5,14 +5,12 @@ All models are tiny and random. Nothing is downloaded.
 
 # ruff: noqa: E402 - imports come after the check that the extra is there
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,19 +19,16 @@ for package in ("transformers", "trl", "datasets", "peft", "gguf"):
 
 import gguf
 import transformers
-import trl
 from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch.distributed.device_mesh import init_device_mesh
+from tokenizers.processors import TemplateProcessing
 from torch.distributed.fsdp import fully_shard
+from transformers import T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
 
 import analyze
-import hf.bupo_trainer
 import hf.train
 import minibupo as m
-from experiments import language_models
+from experiments import language_models, trl_peer
 from hf.adapter import HFModel, encode_chat, encode_text, load, truncated
 from hf.bupo_trainer import BuPOConfig, BuPOTrainer
 from model import GPT, GPTConfig
@@ -54,31 +49,30 @@ OPEN = dict.fromkeys(("Llama", "SmolLM3", "Phi3", "Olmo2"), {}) | {
     "Qwen3Moe": dict(head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
     "GPT2": dict(n_layer=3, n_head=4, n_embd=32),
 }
-REFUSED = {  # model, changes, what is said
-    "softcap": ("Gemma2", dict(head_dim=8), "H\\^L gives other logits"),
-    "mild softcap": ("Gemma2", dict(head_dim=8, final_logit_softcapping=3e2), "scaled or capped"),
-    "logit scale": ("Granite", dict(logits_scaling=3.0), "H\\^L gives other logits"),
-    "scaled writes": ("Granite", dict(residual_multiplier=0.3), "attention of layer 1 adds"),
-    "scaled block": ("Llama", dict(), "the FFN of layer 2 adds"),
-    "parallel blocks": ("GPTNeoX", dict(), "attention of layer 1 adds"),
-    "no FFN": ("OPT", dict(ffn_dim=40, word_embed_proj_dim=32), "no attention and FFN by name"),
-    "encoder": ("T5", dict(), "no decoder-only language model"),
-}
+TOKENS = torch.randint(0, 37, (4, 12), generator=torch.Generator().manual_seed(1))
+TOKENIZER = trl_peer.tokenizer()  # of the toy's characters
 
 
 def build(family="Qwen3", seed=0, **changes):
     """A tiny random model of transformers; norms and biases are random, too."""
     torch.manual_seed(seed)
-    family = family.split()[0]
-    config = getattr(transformers, family + "Config")(**(SIZES | changes))
-    heads = [family + kind for kind in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")]
-    lm = next(getattr(transformers, name) for name in heads if hasattr(transformers, name))(config)
+    config = getattr(transformers, family.split()[0] + "Config")(**(SIZES | changes))
+    lm = transformers.AutoModelForCausalLM.from_config(config)
     for p in lm.parameters():
         torch.nn.init.normal_(p, *((1.0, 0.3) if p.dim() == 1 else (0.0, 32**-0.5)))
     return lm
 
 
-TOKENS = torch.randint(0, 37, (4, 12), generator=torch.Generator().manual_seed(1))
+def save(path, lm):
+    """As transformers saves a model and its tokenizer."""
+    lm.save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), build(**TIED))
 
 
 # ---- adapter -------------------------------------------------------------------------------------
@@ -87,34 +81,31 @@ TOKENS = torch.randint(0, 37, (4, 12), generator=torch.Generator().manual_seed(1
 @torch.no_grad()
 @pytest.mark.parametrize("family", OPEN)
 def test_contract(family):
-    lm = build(family, **OPEN[family])
-    theirs = lm.eval()(TOKENS, output_hidden_states=True)
+    lm = build(family, **OPEN[family]).eval()
+    theirs = lm(TOKENS, output_hidden_states=True)
     model = HFModel(lm.train())  # has no dropout all the same
     assert torch.equal(model(TOKENS), theirs.logits)
     assert (model.n_layer, model.vocab_size) == (3, 37)
-    trace = list(model.trace(TOKENS))
-    for l, t in enumerate(trace, 1):
+    for l, t in enumerate(model.trace(TOKENS), 1):
         assert torch.equal(t.resid_pre, theirs.hidden_states[l - 1])
         assert torch.equal(t.resid_post, model.residual(TOKENS, l))
         torch.testing.assert_close(t.resid_pre + t.attn_out + t.mlp_out, t.resid_post)
-        with truncated(lm, l):
+        with pytest.raises(ZeroDivisionError), truncated(lm, l):
             assert torch.equal(lm(TOKENS).logits, model.unembed(t.resid_post))
+            raise ZeroDivisionError
     assert torch.equal(model.final_norm(t.resid_post), theirs.hidden_states[-1])
-    assert torch.equal(lm(TOKENS).logits, theirs.logits)  # whole again
+    assert torch.equal(lm(TOKENS).logits, theirs.logits)  # whole again after the errors
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", OPEN)
-def test_samples(family):
-    """Ragged prompts give what each gives alone; a truncated model says what its policy says."""
-    lm = build(family, **OPEN[family]).eval()
-    model, lengths = HFModel(lm), [5, 3, 4]
+    # Ragged prompts give what each gives alone.
+    lengths = [5, 3, 4]
     many = model.generate(TOKENS[:3, :5], 6, temperature=0, prompt_len=lengths, num_samples=2)
     for i, n in enumerate(lengths):
         prompt = TOKENS[i : i + 1, :n]
         given = dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
         alone = lm.generate(prompt, max_new_tokens=6, do_sample=False, **given)
         assert torch.equal(many.tokens[2 * i + 1, : n + 6], alone[0])
+
+    # A truncated model has the same weights, and says what its policy says.
     short, h = model.truncated(2), model.residual(TOKENS, 2)
     assert {id(p) for p in short.parameters()} <= {id(p) for p in model.parameters()}
     assert torch.equal(short(TOKENS), model.unembed(h)) and torch.equal(short.final_norm(h), h)
@@ -123,54 +114,35 @@ def test_samples(family):
     assert torch.equal(said[:, 5:], m.policy_logits(model, said, m.Policy(2))[:, 4:-1].argmax(-1))
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_models_that_would_come_out_wrong_are_refused(case):
-    family, changes, says = REFUSED[case]
-    lm = build(family, **changes)
-    if case == "scaled block":
-        forward = lm.model.layers[1].forward
-        lm.model.layers[1].forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
-    with pytest.raises(ValueError, match=says):
-        HFModel(lm)
-
-
-def test_truncated_restores_after_an_error_and_checks_its_layer():
-    model = HFModel(build(head_dim=8))
-    whole = model(TOKENS)
-    with pytest.raises(ZeroDivisionError), truncated(model.lm, 1):
-        with pytest.raises(ValueError, match="no list of 3 blocks"):
-            HFModel(model.lm)
-        raise ZeroDivisionError
-    assert torch.equal(model(TOKENS), whole)
-    for layer in (-1, 4):
-        with pytest.raises(ValueError, match=rf"layer must be in 0\.\.3, not {layer}"):
-            truncated(model.lm, layer).__enter__()
-    with pytest.raises(ValueError, match=r"layer must be in 1\.\.3, not 0"):
-        model.truncated(0)
-    for compute in (model, lambda tokens: model.residual(tokens, 1)):
-        with pytest.raises(ValueError, match="token id 37 is outside"):
-            compute(torch.tensor([[3, 37]]))
+def test_what_cannot_be_is_refused_in_a_sentence():
+    model, doubled, outside = HFModel(build(**TIED)), build("Llama"), torch.tensor([[3, 37]])
+    doubled.model.layers[1].register_forward_hook(lambda *args: 2 * args[-1])
+    with truncated(model.lm, 1), pytest.raises(ValueError, match="no list of 3 blocks"):
+        HFModel(model.lm)
+    for call, says in [
+        (lambda: build("Gemma2", head_dim=8, final_logit_softcapping=3e2), "scaled or capped"),
+        (lambda: build("Granite", logits_scaling=3.0), "other logits"),
+        (lambda: build("GPTNeoX"), "attention of layer 1"),  # its blocks are parallel
+        (lambda: doubled, "FFN of layer 2"),
+        (lambda: build("OPT", ffn_dim=40, word_embed_proj_dim=32), "no attention and FFN by name"),
+        (lambda: T5ForConditionalGeneration(T5Config(**SIZES)), "no decoder-only language model"),
+        (lambda: truncated(model.lm, -1).__enter__(), r"0\.\.3, not -1"),
+        (lambda: truncated(model.lm, 4).__enter__(), r"0\.\.3, not 4"),
+        (lambda: model.truncated(0), r"1\.\.3, not 0"),
+        (lambda: model(outside), "token id 37"),
+        (lambda: model.residual(outside, 1), "token id 37"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            HFModel(call())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [TIED, dict(head_dim=12, rms_norm_eps=1e-3)])
-def test_our_block_is_qwen3(changes):
+def test_our_block_is_qwen3():
     """GPT and HFModel on the same weights: stream, writes and logits are equal to 1e-5."""
-    lm = build(**changes)
-    sizes = dict(n_layer=3, d_model=32, n_head=4, n_kv_head=2, d_mlp=40, tied=False)
-    sizes |= dict(head_dim=changes["head_dim"], norm_eps=lm.config.rms_norm_eps)
+    lm = build(tie_word_embeddings=True, head_dim=12, rms_norm_eps=1e-3)
+    sizes = dict(n_layer=3, d_model=32, n_kv_head=2, head_dim=12, d_mlp=40, norm_eps=1e-3)
     gpt = GPT(GPTConfig(37, 64, rope_theta=lm.config.rope_parameters["rope_theta"], **sizes))
-    same = [(gpt.embed, lm.model.embed_tokens), (gpt.final_norm, lm.model.norm)]
-    same += [(gpt.lm_head, lm.lm_head)]
-    for ours, theirs in zip(gpt.blocks, lm.model.layers):
-        attn, mlp = theirs.self_attn, theirs.mlp
-        same += [(ours.attn_norm, theirs.input_layernorm), (ours.attn.out, attn.o_proj)]
-        same += [(ours.attn.q_norm, attn.q_norm), (ours.attn.k_norm, attn.k_norm)]
-        same += [(ours.attn.qkv, attn.q_proj, attn.k_proj, attn.v_proj)]
-        same += [(ours.mlp_norm, theirs.post_attention_layernorm), (ours.mlp.down, mlp.down_proj)]
-        same += [(ours.mlp.gate_up, mlp.gate_proj, mlp.up_proj)]
-    for ours, *theirs in same:
-        ours.weight.copy_(torch.cat([module.weight for module in theirs]))
+    trl_peer.from_qwen3(gpt, lm)
     model, close = HFModel(lm), dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gpt(TOKENS), model(TOKENS), **close)
     for ours, theirs in zip(gpt.trace(TOKENS), model.trace(TOKENS)):
@@ -180,137 +152,89 @@ def test_our_block_is_qwen3(changes):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Digits and signs are tokens; "<eos>" ends, "<pad>" pads."""
-    ids = {c: i for i, c in enumerate(["<pad>", "<eos>", *"0123456789+-*=\n"])}
-    characters = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    options = dict(eos_token="<eos>", pad_token="<pad>")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **options)
-
-
-@pytest.fixture(scope="module")
-def directory(tokenizer, tmp_path_factory):
-    """A tiny Qwen3 with that tokenizer, as transformers saves one."""
-    path = tmp_path_factory.mktemp("model")
-    build(**TIED).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 def test_load_a_directory_and_encode(directory):
     model, tokenizer = load(directory)
     assert torch.equal(model(TOKENS), HFModel(build(**TIED))(TOKENS))
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
-    both = processors.TemplateProcessing("<eos> $A <eos>", special_tokens=[("<eos>", 1)])
+    both = TemplateProcessing("<eos> $A <eos>", special_tokens=[("<eos>", 14)])
     tokenizer.backend_tokenizer.post_processor = both
-    assert encode_chat(tokenizer, "1+1=", "2") == ([1, 3, 12, 3, 15, 4], 5)
-    assert encode_text(tokenizer, "12") == [1, 3, 4]
+    assert encode_chat(tokenizer, "1+1=", "2") == ([14, 1, 10, 1, 13, 2], 5)
+    assert encode_text(tokenizer, "12") == [14, 1, 2]
     turns = "{% for m in messages %}={{ m.content }}{% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}-{% endif %}"
-    assert encode_chat(tokenizer, "1", "-2") == ([15, 3, 13, 13, 4], 3)  # the border stays
-
-
-def write_gguf(path, lm, *extra):
-    """A Llama with the names that llama.cpp's converter gives, but not its order of rows."""
-    w = gguf.GGUFWriter(path, "llama")
-    values = dict(block_count=3, context_length=64, embedding_length=32, feed_forward_length=40)
-    values |= dict(head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, vocab_size=37)
-    values |= dict(tokenizer_model="gpt2", tokenizer_pre="smollm", token_merges=["a b"])
-    values |= dict(token_list=[*(chr(97 + i) for i in range(36)), "ab"], eos_token_id=1)
-    for name, value in values.items():
-        getattr(w, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
-    for name, p in lm.named_parameters():
-        w.add_tensor(names.get_name(name, [".weight"]), p.detach().numpy())
-    for name in extra:
-        w.add_tensor(name, np.ones(4, dtype=np.float32))
-    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
-    return path
+    assert encode_chat(tokenizer, "1", "-2") == ([13, 1, 11, 11, 2], 3)  # the border stays
 
 
 def test_gguf(tmp_path, monkeypatch):
+    """A Llama with the names that llama.cpp's converter gives, but not its order of rows."""
     lm = build("Llama", rms_norm_eps=1e-5)
-    path = write_gguf(tmp_path / "qwen.gguf", lm)
-    found = load(path)[0].lm
+    values = dict(block_count=3, context_length=64, embedding_length=32, feed_forward_length=40)
+    values |= dict(head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, tokenizer_model="gpt2")
+    values |= dict(token_list=[*map(chr, range(97, 133)), "ab"], token_merges=["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    tensors = {names.get_name(n, [".weight"]): p for n, p in lm.named_parameters()}
+    for file, more in ("qwen", {}), ("llama3", {"rope_freqs.weight": torch.ones(4)}):
+        w = gguf.GGUFWriter(tmp_path / f"{file}.gguf", "llama")
+        for name, value in values.items():
+            getattr(w, f"add_{name}")(value)
+        for name, tensor in (tensors | more).items():
+            w.add_tensor(name, tensor.detach().numpy())
+        for part in ("header", "kv_data", "tensors"):
+            getattr(w, f"write_{part}_to_file")()
+        w.close()
+    found = load(tmp_path / "qwen.gguf")[0].lm
     ours, theirs = (model.model.layers[1].mlp.up_proj.weight for model in (found, lm))
     assert torch.equal(ours, theirs)
     found.save_pretrained(tmp_path / "saved")  # refused of what transformers thinks is quantised
-    monkeypatch.setattr(language_models, "CACHE", tmp_path)
-    with pytest.raises(ValueError, match="has SHA-256 .*, not 1d96.*: delete it and fetch it"):
-        language_models.fetch("qwen")
     with pytest.raises(ValueError, match="rope_freqs"):
-        load(write_gguf(tmp_path / "llama3.gguf", lm, "rope_freqs.weight"))
-
-
-def test_what_cannot_be_read_is_named(directory, tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "base.pt").write_bytes(b"PK")
-    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
-    lm = build(head_dim=8)
-    weights = {name: p for name, p in lm.state_dict().items() if "layers.1.mlp.up" not in name}
-    lm.save_pretrained(tmp_path / "part", state_dict=weights)
-    tokenizer.save_pretrained(tmp_path / "part")
-    for name, says in [
-        ("base.pt", "base.pt: of single files only a .gguf one"),
-        ("cut.gguf", "transformers cannot read .*cut.gguf"),
-        ("none.gguf", "transformers cannot read .*none.gguf"),
-        ("", "transformers cannot read"),
-        ("part", "no weights for model.layers.1.mlp.up_proj.weight"),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            load(tmp_path / name)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[hf\]"'):
-        load(directory)
-    monkeypatch.setattr(trl, "__version__", "1.15.3")
-    with pytest.raises(ImportError, match=r"needs trl>=1.16,<2, not 1.15.3: pip install"):
-        importlib.reload(hf.bupo_trainer)
+        load(tmp_path / "llama3.gguf")
+    monkeypatch.setattr(language_models, "CACHE", tmp_path)
+    with pytest.raises(ValueError, match="has SHA-256 .*: delete it and fetch it"):
+        language_models.fetch("qwen")
 
 
 def test_analyze_looks_into_a_language_model(directory, tmp_path, capsys):
-    """entropy, writes, lens, sample and step of a prompt and its response."""
-
-    def run(command, *options):
-        words = [command, str(directory), "--prompt", "1+1=", "--out", str(tmp_path), *options]
-        assert analyze.main([*words, "--device", "cpu"]) == 0
-        return capsys.readouterr().out
-
-    for command in ("entropy", "writes", "lens"):
-        run(command, "--text", "23")
-    assert {"entropy_flow.png", "writes.png", "lens.png"} <= {p.name for p in tmp_path.iterdir()}
+    for line in (
+        "entropy --text 23",
+        "writes --text 23",
+        "lens --text 23",
+        "sample --layer 2",
+        "step --layer 2 --responses 23 31 --rewards 1 0",
+    ):
+        command, *options = line.split()
+        options += ["--prompt", "1+1=", "--out", str(tmp_path), "--device", "cpu"]
+        assert analyze.main([command, str(directory), *options]) == 0
     assert '"said":["2","3"]' in (tmp_path / "lens.html").read_text()
-    tokens, mask = torch.tensor([[3, 12, 3, 15, 4, 5]]), torch.tensor([[0, 0, 0, 1, 1]]).bool()
+    tokens, mask = torch.tensor([[1, 10, 1, 13, 2, 3]]), torch.tensor([[0, 0, 0, 1, 1]]).bool()
     measured = m.look_inside(HFModel(build(**TIED)), tokens, mask)["layer"].mean(1).tolist()
     assert json.loads((tmp_path / "entropy.json").read_text())["layer"] == pytest.approx(measured)
-    assert run("sample", "--layer", "2").count("\n  '") == 8
-    step = run("step", "--layer", "2", "--responses", "23", "31", "--rewards", "1", "0")
-    (norms,) = (line.split() for line in step.splitlines() if "lm.model.norm" in line)
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  '") for line in said) == 8
+    (norms,) = (line.split() for line in said if "lm.model.norm" in line)
     assert norms[-2] == "none" and float(norms[-1]) > 0
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
 
-OPTIONS = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", seed=3)
-OPTIONS |= dict(save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
-OPTIONS |= dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=5)
-OPTIONS |= dict(steps_per_generation=2, gradient_accumulation_steps=1, loss_type="bnpo")
-OPTIONS |= dict(learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.1)
+OPTIONS = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, seed=3, logging_steps=1)
+OPTIONS |= dict(disable_tqdm=True, save_strategy="no", lr_scheduler_type="constant")
+OPTIONS |= dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=12)
+OPTIONS |= dict(steps_per_generation=2, loss_type="bnpo", learning_rate=1e-2, weight_decay=0.1)
 
 
 def even(completion_ids, **_):
     """The reward: how many of its tokens are even."""
-    return [sum(i % 2 == 0 for i in ids) / 5 for ids in completion_ids]
+    return [sum(i % 2 == 0 for i in ids) / 12 for ids in completion_ids]
 
 
-def make(tokenizer, out, trainer=BuPOTrainer, lm=None, peft_config=None, train=True, **options):
-    config = BuPOConfig if issubclass(trainer, BuPOTrainer) else GRPOConfig
+def trained(out, trainer=BuPOTrainer, lm=None, **options):
+    """The trainer after training."""
+    config = GRPOConfig if trainer is GRPOTrainer else BuPOConfig
     args = config(output_dir=str(out), **(OPTIONS | options))
     data = Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(48)]})
-    given = dict(processing_class=tokenizer, train_dataset=data, peft_config=peft_config)
+    given = dict(processing_class=TOKENIZER, train_dataset=data)
     trainer = trainer(lm or build(**TIED), even, args, **given)
-    if train:
-        trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer
 
 
@@ -326,82 +250,76 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-class Recorder(BuPOTrainer):
-    """Keeps of every mini-batch its rows, phase, loss, gradients, and what they were taken with."""
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        seen = dict(inputs, phase=self.phase, weights=weights(self))
-        seen["moments"] = {int(state["step"]) for state in self.optimizer.state.values()}
-        seen["vllm"] = self.vllm_importance_sampling_correction
-        self.seen = [*getattr(self, "seen", []), seen]
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        named = self.model.named_parameters()
-        self.seen[-1]["grads"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
-        self.seen[-1]["loss"] = loss
-        return loss
-
-
-def rows_of(seen):
-    """The rows of a mini-batch of TRL's as minibupo has them: tokens from the left, and mask."""
+def rows_of(*batches):
+    """The rows of mini-batches of TRL's as minibupo has them: tokens from the left, and mask."""
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    rows = [(p[a == 1], c[b == 1]) for p, a, c, b in zip(*(seen[name] for name in names))]
+    columns = (torch.cat([batch[name] for batch in batches]) for name in names)
+    rows = [(p[a == 1], c[b == 1]) for p, a, c, b in zip(*columns)]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in rows], batch_first=True)
     prompt_len, end = torch.tensor([[len(p), len(p) + len(c)] for p, c in rows]).T
     return tokens, m.response_mask(prompt_len, end, tokens.shape[1])
 
 
+class Compared(BuPOTrainer):
+    """Compares loss and gradients of every mini-batch with policy_loss's on a copy of the model.
+    Keeps its rows and what holds for it."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return loss
+        copied = type(self.model)(self.model.config)
+        copied.load_state_dict(self.model.state_dict())
+        copied.get_input_embeddings().padding_idx = None  # as when the first was made
+        now = HFModel(copied)
+        if self.state.global_step % 4 == 0:  # a batch of rollouts serves four steps
+            self.then, self.seen = now, getattr(self, "seen", [])
+        policy = m.Policy(self.layer) if self.phase == 1 else m.FULL
+        (tokens, mask), last = rows_of(inputs), (policy, self.temperature)
+        old = m.token_logprobs(self.then, tokens, mask, *last).detach()
+        average = {"bnpo": "token", "grpo": "sequence"}[self.loss_type]
+        rows = (tokens, old, inputs["advantages"], mask, *last)
+        ours, _ = m.policy_loss(now, *rows, average=average)
+        torch.testing.assert_close(loss, ours, rtol=1e-4, atol=1e-5)
+        options = dict(retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(ours, list(now.lm.parameters()), **options)
+        theirs = torch.autograd.grad(loss, list(self.model.parameters()), **options)
+        atol = 1e-4 * max(float(g.abs().max()) for g in grads if g is not None)
+        torch.testing.assert_close(theirs, grads, rtol=1e-3, atol=atol)  # None where it is None
+        moments = {int(state["step"]) for state in self.optimizer.state.values()}
+        vllm = self.vllm_importance_sampling_correction
+        self.seen.append((inputs, self.phase, moments, vllm, weights(self)))
+        return loss
+
+
 CASES = [  # family, tied, options
-    ("Qwen3", True, dict(temperature=0.7)),
-    ("Qwen3", False, dict(loss_type="grpo", num_iterations=2)),
-    ("Llama", True, dict(gradient_checkpointing=True, steps_per_generation=4)),
-    ("Llama", False, dict(temperature=1.3, num_iterations=2, steps_per_generation=1)),
+    ("Qwen3", True, dict(temperature=0.7, steps_per_generation=4, gradient_checkpointing=True)),
+    ("Llama", False, dict(temperature=1.3, num_iterations=2, loss_type="grpo")),
 ]
 
 
 @pytest.mark.parametrize("family,tied,options", CASES)
-def test_loss_and_gradients_are_minibupos(tokenizer, tmp_path, family, tied, options):
-    """One batch of phase 1 and one of phase 2, all mini-batches, against policy_loss on a copy."""
-    lm, copy = (build(family, head_dim=8, tie_word_embeddings=tied) for _ in range(2))
-    per_batch = options.get("steps_per_generation", 2) * options.get("num_iterations", 1)
-    options |= dict(bupo_layer=2, bupo_steps=1, max_steps=2 * per_batch, max_grad_norm=0.0)
-    trainer = make(tokenizer, tmp_path, Recorder, lm, **options)
-    assert [seen["phase"] for seen in trainer.seen] == [1] * per_batch + [2] * per_batch
-    average = {"bnpo": "token", "grpo": "sequence"}[trainer.loss_type]
-    model, temperature, largest = HFModel(copy), trainer.temperature, 0.0
-    for step, seen in enumerate(trainer.seen):
-        policy = m.Policy(2) if seen["phase"] == 1 else m.FULL
-        tokens, mask = rows_of(seen)
-        logps = []
-        for now in (trainer.seen[step - step % per_batch], seen):  # at the rollouts, at the step
-            copy.load_state_dict(now["weights"], strict=False)
-            logps.append(m.token_logprobs(model, tokens, mask, policy, temperature).detach())
-        largest = max(largest, float((logps[1] - logps[0]).abs().max()))
-        copy.zero_grad(set_to_none=True)
-        rows = (tokens, logps[0], seen["advantages"], mask, policy, temperature)
-        loss, _ = m.policy_loss(model, *rows, average=average)
-        loss.backward()
-        torch.testing.assert_close(seen["loss"], loss.detach(), rtol=1e-4, atol=1e-5)
-        ours = {name: p.grad for name, p in copy.named_parameters() if p.grad is not None}
-        assert ours.keys() == seen["grads"].keys()
-        assert (seen["phase"] == 2) == any("layers.2" in name for name in ours)
-        close = dict(rtol=1e-3, atol=1e-4 * float(max(g.abs().max() for g in ours.values())))
-        for name, gradient in ours.items():
-            torch.testing.assert_close(seen["grads"][name], gradient, msg=name, **close)
-    assert largest > 0.01  # of log-ratios: later mini-batches see other weights than the rollouts
+def test_trainer_is_minibupo(tmp_path, family, tied, options):
+    """A batch of phase 1, with the layer by the rule, and two of phase 2."""
+    lm, copied = (build(family, head_dim=8, tie_word_embeddings=tied) for _ in range(2))
+    trainer = trained(tmp_path, Compared, lm, bupo_steps=1, max_steps=12, **options)
+    inputs, phases, moments, vllm, states = zip(*trainer.seen)
+    assert phases == (1,) * 4 + (2,) * 8
+    assert moments == (set(), {1}, {2}, {3}, set(), {1}, {2}, {3}, {4}, {5}, {6}, {7})
+    assert vllm == (False,) * 4 + (True,) * 8
+    ratio = "clip_ratio/region_mean"
+    assert max(logged(trainer, ratio)[1:4]) > 0  # other weights than at the rollouts
 
+    batch = rows_of(*inputs[: trainer.args.steps_per_generation])
+    d_mlp = m.look_inside(HFModel(copied), *batch)["d_mlp"].mean(1)
+    assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
+    assert [trainer.layer] == [m.target_layer(d_mlp)] == logged(trainer, "bupo/layer")
 
-def test_phase_1_and_the_switch(tokenizer, tmp_path):
-    """What is above the layer stays under weight decay; moments start afresh; vLLM's correction."""
-    options = dict(bupo_steps=2, max_steps=8, steps_per_generation=1, num_iterations=2)
-    trainer = make(tokenizer, tmp_path, Recorder, bupo_layer=2, **options)
-    first, switch, last = (trainer.seen[i]["weights"] for i in (0, 4, 7))
-    above = {name for name in first if name.startswith(("model.layers.2", "model.norm"))}
-    assert differ(first, switch) == first.keys() - above and differ(switch, last) == first.keys()
-    assert [seen["moments"] for seen in trainer.seen[1:]] == [{1}, {2}, {3}, set(), {1}, {2}, {3}]
-    assert [seen["vllm"] for seen in trainer.seen] == [False] * 4 + [True] * 4
+    # What is above the layer stays in phase 1, under weight decay.
+    below = tuple(f"model.layers.{i}" for i in range(trainer.layer)) + ("model.embed", "lm_head")
+    names = states[0].keys()
+    assert differ(states[0], states[4]) == {name for name in names if name.startswith(below)}
+    assert differ(states[4], states[11]) == names
     for trainer.phase in (1, 2):  # evaluation is pi_theta's in both
         torch.manual_seed(0)
         trainer.evaluate(trainer.train_dataset.select(range(2)))
@@ -409,73 +327,31 @@ def test_phase_1_and_the_switch(tokenizer, tmp_path):
     assert one == pytest.approx(two)
 
 
-def test_deepspeed_with_weight_decay_is_refused(tokenizer, tmp_path):
-    class OnDeepSpeed(BuPOTrainer):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            self.is_deepspeed_enabled = True
-
-    options = dict(trainer=OnDeepSpeed, train=False, bupo_layer=2)
-    with pytest.raises(ValueError, match="DeepSpeed .* weight_decay 0"):
-        make(tokenizer, tmp_path, bupo_steps=1, **options)
-    make(tokenizer, tmp_path, bupo_steps=1, weight_decay=0.0, **options)
-
-
-def test_no_steps_is_grpo(tokenizer, tmp_path):
+def test_no_steps_is_grpo(tmp_path):
     # each seeds torch's generator when it is made
-    grpo, bupo = (make(tokenizer, tmp_path, t, max_steps=4) for t in (GRPOTrainer, BuPOTrainer))
+    grpo, bupo = (trained(tmp_path, t, max_steps=4) for t in (GRPOTrainer, BuPOTrainer))
     assert not differ(weights(grpo), weights(bupo))
-    for theirs, ours in zip(grpo.state.log_history, bupo.state.log_history, strict=True):
-        differs = {name for name in theirs if theirs[name] != ours[name]}
-        assert all("time" in name or "per_second" in name for name in differs), differs
+    for name in ("loss", "entropy", "reward"):
+        assert logged(grpo, name) == logged(bupo, name)
 
 
-def test_resume_goes_on_as_if_never_stopped(tokenizer, tmp_path):
+def test_resume_goes_on_as_if_never_stopped(tmp_path):
     """With the layer by the rule, stopped in phase 1 and exactly at the switch."""
     options = dict(bupo_steps=2, max_steps=6, save_strategy="steps", save_steps=2)
     options |= dict(gradient_accumulation_steps=2, steps_per_generation=4)
-    whole = make(tokenizer, tmp_path, **options)
+    whole = trained(tmp_path, **options)
 
-    def resume(step):
-        again = make(
-            tokenizer, tmp_path / "again", lm=build(seed=9, **TIED), train=False, **options
-        )
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        return again
+    def resumed(step):
+        options["resume_from_checkpoint"] = tmp_path / f"checkpoint-{step}"
+        return trained(tmp_path / "again", lm=build(seed=9, **TIED), **options)
 
     for step, layer in (2, whole.layer), (4, None):
-        again = resume(step)
+        again = resumed(step)
         assert not differ(weights(whole), weights(again)) and again.layer == layer
     # what the log says counts, not what the rule would say now
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
     file.write_text(file.read_text().replace(f'"bupo/layer": {whole.layer}', '"bupo/layer": 3'))
-    assert resume(2).layer == 3
-
-
-def test_layer_by_the_rule(tokenizer, tmp_path):
-    options = dict(bupo_steps=1, max_steps=1, steps_per_generation=1)
-    trainer = make(tokenizer, tmp_path, Recorder, **options)
-    d_mlp = m.look_inside(HFModel(build(**TIED)), *rows_of(trainer.seen[0]))["d_mlp"].mean(1)
-    assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
-    assert trainer.layer == m.target_layer(d_mlp) == logged(trainer, "bupo/layer")[0]
-
-
-def test_kl_is_zero_at_the_start(directory, tokenizer, tmp_path):
-    lm = load(directory)[0].lm  # the reference is read from there once more
-    options = dict(bupo_layer=1, bupo_steps=1, max_steps=2, beta=0.1)
-    kl = logged(make(tokenizer, tmp_path, lm=lm, **options), "kl")
-    assert kl[0] == 0 and kl[1] > 0
-
-
-def test_lora_moves_only_adapters_up_to_the_layer(tokenizer, tmp_path):
-    peft = LoraConfig(target_modules=["q_proj", "up_proj"])
-    options = dict(peft_config=peft, bupo_layer=2, bupo_steps=2, max_steps=4)
-    trainer = make(tokenizer, tmp_path, train=False, **options)
-    before = weights(trainer)
-    trainer.train()
-    moved = differ(before, weights(trainer))
-    assert moved and all("lora" in name for name in moved)
-    assert {name.split("layers.")[1][0] for name in moved} == {"0", "1"}
+    assert resumed(2).layer == 3
 
 
 # ---- the command line, and two processes ---------------------------------------------------------
@@ -490,52 +366,81 @@ def arguments(directory, out, **options):
 
 
 def test_command_line(directory, tmp_path):
-    evaluate = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
-    assert hf.train.main(arguments(directory, tmp_path, **evaluate)) == 0
+    options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8, beta=0.1)
+    assert hf.train.main(arguments(directory, tmp_path, **options)) == 0
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["bupo/phase"] for entry in log if "bupo/phase" in entry] == [1, 2, 2, 2]
     assert [entry["step"] for entry in log if "eval_reward" in entry] == [2, 4]
+    kl = [entry["kl"] for entry in log if "kl" in entry]
+    assert kl[0] == 0 and kl[1] > 0  # between internal policies, then between whole ones
     assert load(tmp_path)[0].n_layer == 3
 
 
-def test_command_line_takes_a_data_set_and_adapters(directory, tmp_path):
-    (tmp_path / "train.json").write_text('[{"prompt": "1+1=", "solution": "$2$"}]')
-    words = arguments(directory, tmp_path, dataset_name=tmp_path, use_peft=True, dtype="bfloat16")
-    trainer, _ = hf.train.make_trainer(words)
-    assert trainer.reward_func_names == ["accuracy_reward"] and trainer.model.peft_config
+def test_command_line_with_a_data_set_and_adapters(directory, tmp_path):
+    """LoRA moves only adapters up to the layer."""
+    (tmp_path / "train.json").write_text('{"prompt": "1+1=", "solution": "$2$"}\n' * 8)
+    options = dict(dataset_name=tmp_path, dtype="bfloat16", use_peft=True, bupo_steps=4)
+    trainer, _ = hf.train.make_trainer(arguments(directory, tmp_path, **options))
+    assert trainer.reward_func_names == ["accuracy_reward"]
     assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    trainer.reward_funcs = [even]  # a random model earns nothing else
+    before = weights(trainer)
+    trainer.train()
+    moved = differ(before, weights(trainer))
+    assert moved and all("lora" in name for name in moved)
+    assert {name.split("layers.")[1][0] for name in moved} == {"0", "1"}
 
 
-def test_command_line_names_errors(directory, tokenizer, tmp_path, capsys):
+class OnDeepSpeed(BuPOTrainer):
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
+
+
+def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
+    """It says what is wrong, and the remedy where that is not the same."""
     (tmp_path / "train.json").write_text('[{"prompt": "1+1="}]')
-    narrow = build(**TIED)
+    (tmp_path / "base.pt").write_bytes(b"PK")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
+    narrow, part = build(**TIED), build(**TIED)
     for layer in narrow.model.layers:
         layer.mlp.down_proj.weight.data *= 100  # loud writes: every FFN narrows
-    for name, lm in ("narrow", narrow), ("parallel", build("GPTNeoX")):
-        lm.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    del part.model.layers[1].mlp.up_proj
+    for name, lm in dict(narrow=narrow, part=part, parallel=build("GPTNeoX")).items():
+        save(tmp_path / name, lm)
+
+    def said(**options):
+        capsys.readouterr()
+        assert hf.train.main(arguments(directory, tmp_path, **options)) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("hf.train: ")
+
     for options, says in [
-        (dict(bupo_steps=-1), "bupo_steps must be 0 or more, not -1"),
-        (dict(bupo_layer=4), "bupo_layer must be in 1..3, not 4"),
-        (dict(bupo_layer=0), "bupo_layer must be in 1..3, not 0"),
+        (dict(bupo_steps=-1), "0 or more, not -1"),
+        (dict(bupo_layer=4), "1..3, not 4"),
+        (dict(bupo_layer=0), "1..3, not 0"),
         (dict(use_vllm=True, off_policy_mask_threshold=0.1), "off_policy_mask_threshold"),
         (dict(gradient_checkpointing_kwargs='{"use_reentrant": true}'), "use_reentrant=False"),
         (dict(model_name_or_path=None), "--model_name_or_path is missing"),
         (dict(model_name_or_path=tmp_path / "nothing"), "transformers cannot read"),
+        (dict(model_name_or_path=tmp_path / "base.pt"), "only a .gguf"),
+        (dict(model_name_or_path=tmp_path / "cut.gguf"), "transformers cannot read"),
+        (dict(model_name_or_path=tmp_path / "part"), "no weights for model.layers.1.mlp.up_proj"),
         (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be laid open"),
         (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),
-        (dict(operations="/"), "operations must be some of + - *"),
+        (dict(operations="/"), "some of + - *"),
         (dict(dataset_name=tmp_path / "no-data"), "there is no data set"),
-        (dict(dataset_name=tmp_path, dataset_train_split="x"), "has no split x, only train"),
-        (dict(dataset_name=tmp_path), "has no column 'solution', only prompt"),
+        (dict(dataset_name=tmp_path, dataset_train_split="x"), "no split x, only train"),
+        (dict(dataset_name=tmp_path), "no column 'solution', only prompt"),
     ]:
-        capsys.readouterr()
-        assert hf.train.main(arguments(directory, tmp_path, **options)) == 2
-        err = capsys.readouterr().err
-        assert says in err and "Traceback" not in err
-    code = "import sys; sys.modules['trl'] = None; import hf.train"
+        assert says in said(**options)
+    monkeypatch.setattr(hf.train, "BuPOTrainer", OnDeepSpeed)
+    assert "set weight_decay 0" in said()
+    hf.train.make_trainer(arguments(directory, tmp_path, weight_decay=0.0))  # is not refused
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert 'pip install -e ".[hf]"' in said()
+    code = "import trl; trl.__version__ = '1.15.3'; import hf.train"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode and run.stderr.startswith('hf.train needs pip install -e ".[hf]"')
+    assert run.stderr.startswith('hf.train needs pip install -e ".[hf]"') and "1.15.3" in run.stderr
 
 
 def test_arithmetic_holds_problems_out():
@@ -550,54 +455,51 @@ def test_arithmetic_holds_problems_out():
     assert all(len(p) == 15 for p in hf.train.arithmetic(2, "-")[1]["prompt"][:99])
 
 
-def three_steps(lm, rows):
-    """Phase 1, phase 2, phase 1 on the loss -log p, with momentum and weight decay."""
-    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    for layer in (2, None, 2):
-        with truncated(lm, layer) if layer else torch.enable_grad():
-            loss = lm(input_ids=rows, labels=rows).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
 def one_of_two(argv):
     """What each process of the next test does: DDP by hf.train, then FSDP2 beside one process."""
     torch.set_num_threads(1)
-    trainer, config = hf.train.make_trainer(argv)
+    trainer, _ = hf.train.make_trainer(argv)
+    trainer.reward_funcs = [even]
+    before = weights(trainer)
     trainer.train()
-    rank = trainer.accelerator.process_index
-    rule = (trainer.layer, logged(trainer, "bupo/d_mlp"))
-    ddp = (rule, trainer.accelerator.num_processes, weights(trainer))
+    both = [None, None]
+    ours = (trainer.layer, logged(trainer, "bupo/d_mlp"), weights(trainer))
+    torch.distributed.all_gather_object(both, ours)
+    (layer, d_mlp, after), other = both
+    assert trainer.accelerator.num_processes == 2
+    assert 1 <= layer < 3 and other[:2] == (layer, d_mlp)
+    assert not differ(after, other[2]) and differ(before, after) == before.keys()
+
     alone, sharded = build(**TIED), build(**TIED)
-    mesh = init_device_mesh("cpu", (2,))
     for module in (*sharded.model.layers, sharded):
-        fully_shard(module, mesh=mesh)
-    three_steps(alone, TOKENS)
-    three_steps(sharded, TOKENS[2 * rank : 2 * rank + 2])
-    fsdp = {name: p.full_tensor() for name, p in sharded.named_parameters()}
-    torch.save((ddp, fsdp, dict(alone.named_parameters())), f"{config.output_dir}/rank{rank}")
+        fully_shard(module)
+    for lm, rows in (alone, TOKENS), (sharded, TOKENS.chunk(2)[torch.distributed.get_rank()]):
+        optimizer = torch.optim.SGD(lm.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for layer in (2, 3, 2):  # phase 1, phase 2, phase 1
+            with truncated(lm, layer) if layer < 3 else torch.enable_grad():
+                loss = lm(input_ids=rows, labels=rows).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for (name, p), whole in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), whole, rtol=1e-5, atol=1e-6, msg=name)
+    torch.distributed.barrier()  # neither leaves while the other may still need it
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes(directory, tmp_path):
     """DDP over gloo: layer by the rule, accumulation, weight decay, checkpointing, both phases.
     FSDP2 on two processes does what one process does, also where layers have no gradient."""
     options = dict(steps_per_generation=2, gradient_accumulation_steps=2, max_steps=3)
-    options |= dict(gradient_checkpointing=True, bupo_layer=None, use_cpu=None)
+    # with this seed the two do not sample equally many tokens
+    options |= dict(gradient_checkpointing=True, bupo_layer=None, use_cpu=None, seed=5)
     words = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d".split()
-    words += ["--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1", __file__]
+    words += "--rdzv_endpoint 127.0.0.1:0 --local_addr 127.0.0.1 -m tests.test_hf".split()
     words += arguments(directory, tmp_path, **options)
-    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    given = dict(env=env, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *words], **given)
     assert run.returncode == 0, run.stderr[-3000:]
-    zero, one = (torch.load(tmp_path / f"rank{r}") for r in (0, 1))
-    (rule, n, ddp), fsdp, alone = zero
-    assert n == 2 and rule == one[0][0] and 1 <= rule[0] < 3
-    start = dict(load(directory)[0].lm.named_parameters())
-    assert not differ(ddp, one[0][2]) and len(differ(start, ddp)) == len(start)
-    for name, weight in alone.items():
-        torch.testing.assert_close(fsdp[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 if __name__ == "__main__":
