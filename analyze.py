@@ -27,7 +27,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import LogFormatter
 
 import minibupo
 import train_toy as toy
@@ -155,7 +154,7 @@ def draw_flow(found: dict, log_vocab: float):
     figure.legend(ncols=4, loc="outside upper center")
     curve(below, 0, found["rms_layer"], LAYER)
     below.set_yscale("log")
-    below.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+    below.yaxis.set(major_formatter=plt.LogFormatter(), minor_formatter=plt.LogFormatter())
     below.set_ylabel("RMS($H^l$)")
     return figure
 

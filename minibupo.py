@@ -131,9 +131,8 @@ def entropy(logits):
 def target_layer(d_mlp) -> int:
     """The layer of phase 1: the last l below the top whose FFN raises entropy, dH_FFN^l > 0.
 
-    dH is a change of entropy; its H is not the stream. d_mlp: dH_FFN of layers 1..L, by
-    look_inside(...)["d_mlp"].mean(1). Raises ValueError where no FFN below the top raises entropy:
-    the paper has no rule for that case.
+    H is entropy here, not the stream. d_mlp (L,): look_inside(...)["d_mlp"].mean(1). Raises
+    ValueError where no FFN below the top raises entropy, for which the paper has no rule.
     """
     raising = [l for l, d in enumerate(d_mlp[:-1], 1) if d > 0]
     if not raising:

@@ -431,8 +431,7 @@ def add_evaluation(records: list, s: Settings, model, step: int):
     tqdm.write(f"\nat step {step}, on {count} held-out problems of each length:")
     tqdm.write("digits" + "".join(f"{name:>12}" for name in names))
     for n, tier in results.items():
-        # one problem has no standard error
-        cells = ("-" if tier[name] is None else f"{tier[name]:.3f}" for name in names)
+        cells = ("-" if x is None else f"{x:.3f}" for x in map(tier.get, names))  # one has no _se
         tqdm.write(f"{n:>6}" + "".join(f"{cell:>12}" for cell in cells))
     for problem, response in examples:
         verdict = "right" if is_right(problem, response) else "wrong"
