@@ -269,13 +269,17 @@ def trl(o) -> dict:
 
 def language(o) -> dict:
     """BuPO on the middle layer of real models, one run each: seconds a batch in both phases."""
-    from experiments import language_models, lm_study
+    from experiments import language_models
+
+    files = {name: language_models.CACHE / f"{name}.gguf" for name in language_models.FETCHED}
+    there = [name for name, file in files.items() if file.exists() and not o.quick]
+    if not there:
+        return {"skipped": "no language model is in the cache"}
+    from experiments import lm_study  # which needs the extras
 
     found = {}
-    for name, (middle, _) in lm_study.LAYERS.items():
-        if o.quick or not (language_models.CACHE / f"{name}.gguf").exists():
-            found[name] = "skipped: not in the cache"
-            continue
+    for name in there:
+        middle, _ = lm_study.LAYERS[name]
         line = lm_study.train(name, f"BuPO, layer {middle}", seed=800)
         phase1 = 2 * lm_study.TRAINING[name]["phase1"]  # two optimizer steps a batch
         for phase, times in enumerate((line["step_time"][2:phase1], line["step_time"][phase1:]), 1):
@@ -324,7 +328,7 @@ def run_part(o, part) -> dict:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # of runs and figures
             found = part(o)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter where an extra is missing
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}
     peak = {"peak memory, GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}

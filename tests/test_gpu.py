@@ -2,13 +2,14 @@
 fails does not stop the rest, and sampling with fixed shapes chooses what model.generate chooses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny
 
 import train_toy as toy
-from experiments import cuda_graph, gpu
+from experiments import cuda_graph, gpu, language_models
 from experiments.cuda_graph import Decoder
 
 
@@ -19,7 +20,8 @@ def measure(tmp_path, *argv):
 
 
 def test_every_part_runs_in_its_smallest_form(tmp_path, capsys):
-    parts = [name for name in gpu.PARTS if name != "trl"]  # which takes a minute, where it is there
+    # of TRL takes a minute, where it is there, and language models have a test of their own
+    parts = [name for name in gpu.PARTS if name not in ("trl", "language")]
     code, found = measure(tmp_path, *(word for name in parts for word in ("--part", name)))
     assert code == 0 and list(found) == parts
     assert not any("error" in part or "skipped" in part for part in found.values())
@@ -27,6 +29,23 @@ def test_every_part_runs_in_its_smallest_form(tmp_path, capsys):
     assert found["large"]["share of peak, update"] > 0
     rows = capsys.readouterr().out.split("| --- | --- | --- |")[1].strip().splitlines()
     assert sum(row.startswith("| step |") for row in rows) == len(found["step"])
+
+
+def test_language_models_where_they_are_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "CACHE", tmp_path)
+    assert "skipped" in gpu.language(SimpleNamespace(quick=False))
+    pytest.importorskip("trl", reason="the extra `hf` is not installed")
+    from experiments import lm_study
+
+    times = [9.0, 9.0, *[1.0, 2.0] * 3, *[3.0, 4.0] * 6]  # the first batch of phase 1 warms up
+    line = {"step_time": times, "reward": [0.5, 1.0], "seconds": 7.0}
+    monkeypatch.setattr(
+        lm_study, "train", lambda name, arm, seed: lm_study.arms(name)[arm] and line
+    )
+    (tmp_path / "qwen.gguf").touch()
+    found = gpu.language(SimpleNamespace(quick=False))
+    assert found["qwen, seconds a batch, phase 1"] == 3 and len(found) == 4
+    assert found["qwen, seconds a batch, phase 2"] == 7
 
 
 def test_a_part_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
