@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import inspect
 import linecache
+import signal
 import threading
 import traceback
 from collections.abc import Callable
@@ -261,7 +262,9 @@ class TooLong(Exception):
 def time_limit(seconds: float):
     """Raise TooLong in the main thread after so many seconds, at the line that runs then.
 
-    A thread asks for the interrupt that Ctrl-C would cause: that works on every system."""
+    A thread asks for the interrupt that Ctrl-C would cause: that works on every system. But what
+    a shell starts in the background ignores it, so Python's own handler is set for the time."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     expired = threading.Event()
 
     def interrupt():
@@ -279,6 +282,7 @@ def time_limit(seconds: float):
         raise TooLong().with_traceback(e.__traceback__) from None
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import importlib.util
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,17 @@ def test_an_answer_that_does_not_run_gets_a_sentence(name, tmp_path, monkeypatch
     wrong = check.feedback(6, tmp_path)
     assert wrong.name == name.strip()
     assert part in str(wrong)
+
+
+def test_the_time_limit_holds_where_ctrl_c_is_ignored():
+    """As in what a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(common.TooLong), common.time_limit(0.2):
+            time.sleep(10)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("error", ["SystemExit(1)", "RecursionError", "KeyError('layer')"])
