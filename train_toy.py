@@ -431,7 +431,8 @@ def add_evaluation(records: list, s: Settings, model, step: int):
     tqdm.write(f"\nat step {step}, on {count} held-out problems of each length:")
     tqdm.write("digits" + "".join(f"{name:>12}" for name in names))
     for n, tier in results.items():
-        cells = ("-" if x is None else f"{x:.3f}" for x in map(tier.get, names))  # one has no _se
+        # a single problem has no standard error
+        cells = ("-" if x is None else f"{x:.3f}" for x in map(tier.get, names))
         tqdm.write(f"{n:>6}" + "".join(f"{cell:>12}" for cell in cells))
     for problem, response in examples:
         verdict = "right" if is_right(problem, response) else "wrong"

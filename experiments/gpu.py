@@ -233,7 +233,6 @@ def graph(o) -> dict:
     by_generate = seconds(o, lambda: model.generate(**asked, eos_id=toy.EOS))
     with mock.patch.object(toy, "respond", cuda_graph.respond):
         job = main_job(o, "main-by-graph")
-    cuda_graph.KEPT.clear()
     found |= {f"the main job: {what}": value for what, value in job.items()}
     return found | {"seconds, by model.generate": by_generate}
 
@@ -322,6 +321,7 @@ PARTS |= dict(train=train_large)
 def run_part(o, part) -> dict:
     """What a part found, or its error, whatever that is: the others are to have their minutes."""
     started, cuda = time.perf_counter(), o.device.type == "cuda"
+    cuda_graph.KEPT.clear()  # of the part before
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

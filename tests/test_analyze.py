@@ -265,16 +265,16 @@ def test_a_run_that_was_stopped_early(copied, capsys):
     assert (copied / "figures" / "entropy_flow.png").exists()
 
 
-BAD_INPUT = """all nowhere: run
+BAD_INPUT = """all nowhere: neither a run nor
 step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer
 entropy RUN/..: config.json
 lens RUN 7+5= --text=: no response
-entropy RUN 7+x: 'x'
+entropy RUN 7+x: character 'x'
 writes RUN LONG: context
-sample RUN 7+5= --layer 4: 1..3
+sample RUN 7+5= --layer 4: layer must be in 1..3, not 4
 step RUN 7+5=: --responses
 step RUN 7+5= --responses 1 2 --rewards 1: --rewards
-step RUN 7+5= --responses 1 2 --rewards 1 1: equal"""
+step RUN 7+5= --responses 1 2 --rewards 1 1: all rewards are equal"""
 
 
 @pytest.mark.parametrize("line", BAD_INPUT.splitlines())

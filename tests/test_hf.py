@@ -21,6 +21,7 @@ import gguf
 import transformers
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
@@ -212,6 +213,7 @@ def test_analyze_looks_into_a_language_model(directory, tmp_path, capsys):
     assert sum(line.startswith("  '") for line in said) == 8
     (norms,) = (line.split() for line in said if "lm.model.norm" in line)
     assert norms[-2] == "none" and float(norms[-1]) > 0
+    assert analyze.main(["entropy", str(directory), "1+1=", "--checkpoint", "base"]) == 2
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
@@ -415,9 +417,9 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().err.splitlines()[-1].removeprefix("hf.train: ")
 
     for options, says in [
-        (dict(bupo_steps=-1), "0 or more, not -1"),
-        (dict(bupo_layer=4), "1..3, not 4"),
-        (dict(bupo_layer=0), "1..3, not 0"),
+        (dict(bupo_steps=-1), "bupo_steps must be 0 or more, not -1"),
+        (dict(bupo_layer=4), "bupo_layer must be in 1..3, not 4"),
+        (dict(bupo_layer=0), "bupo_layer must be in 1..3, not 0"),
         (dict(use_vllm=True, off_policy_mask_threshold=0.1), "off_policy_mask_threshold"),
         (dict(gradient_checkpointing_kwargs='{"use_reentrant": true}'), "use_reentrant=False"),
         (dict(model_name_or_path=None), "--model_name_or_path is missing"),
@@ -427,10 +429,10 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(model_name_or_path=tmp_path / "part"), "no weights for model.layers.1.mlp.up_proj"),
         (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be laid open"),
         (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),
-        (dict(operations="/"), "some of + - *"),
+        (dict(operations="/"), "operations must be some of + - *"),
         (dict(dataset_name=tmp_path / "no-data"), "there is no data set"),
-        (dict(dataset_name=tmp_path, dataset_train_split="x"), "no split x, only train"),
-        (dict(dataset_name=tmp_path), "no column 'solution', only prompt"),
+        (dict(dataset_name=tmp_path, dataset_train_split="x"), "has no split x, only train"),
+        (dict(dataset_name=tmp_path), "has no column 'solution', only prompt"),
     ]:
         assert says in said(**options)
     monkeypatch.setattr(hf.train, "BuPOTrainer", OnDeepSpeed)
@@ -471,8 +473,9 @@ def one_of_two(argv):
     assert not differ(after, other[2]) and differ(before, after) == before.keys()
 
     alone, sharded = build(**TIED), build(**TIED)
+    mesh = init_device_mesh("cpu", (2,))  # by itself it may choose a GPU that is not to be seen
     for module in (*sharded.model.layers, sharded):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
     for lm, rows in (alone, TOKENS), (sharded, TOKENS.chunk(2)[torch.distributed.get_rank()]):
         optimizer = torch.optim.SGD(lm.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
         for layer in (2, 3, 2):  # phase 1, phase 2, phase 1

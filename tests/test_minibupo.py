@@ -64,6 +64,8 @@ def test_response_mask_by_hand():
     """Ends early, ends at the last place, never ends: EOS is in, nothing after it, no prompt."""
     mask = minibupo.response_mask(torch.tensor([2, 3, 1]), torch.tensor([4, 6, 6]), 6)
     assert mask.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    docstring = minibupo.response_mask(torch.tensor([4]), torch.tensor([6]), 8)
+    assert docstring.tolist() == [[False, False, False, True, True, False, False]]
 
 
 def test_internal_policies_are_raw_unembeddings_and_all_differ():
@@ -115,6 +117,7 @@ def test_entropy_closed_forms():
     inf, log_3 = math.inf, math.log(3)
     rows = [
         ([0.0, 0, 0, 0], math.log(4)),
+        ([-37.0, -37, -37, -37], math.log(4)),
         ([-inf, 0, -inf, -inf], 0.0),
         ([0, 1e4, 0, 0], 0.0),
         ([0, log_3, -inf, -inf], math.log(4) - 0.75 * log_3),  # 1/4, 3/4
@@ -177,13 +180,16 @@ HUGE = math.exp(20)
         (1, math.log(1.1), 1.1, 1.1, False),
         (1, math.log(1.5), 1.2, 0.0, True),
         (1, math.log(0.5), 0.5, 0.5, False),
+        (-1, math.log(1.1), -1.1, -1.1, False),
         (-1, math.log(1.5), -1.5, -1.5, False),
         (-1, math.log(0.5), -0.8, 0.0, True),
         (0, math.log(0.5), 0.0, 0.0, False),
         # the log-ratio is clamped to +-20
+        (1, 100, 1.2, 0.0, True),
         (1, -100, 1 / HUGE, 0.0, False),
         (-1, 19, -math.exp(19), -math.exp(19), False),
         (-1, 21, -HUGE, 0.0, True),
+        (-1, -100, -0.8, 0.0, True),
     ],
 )
 def test_surrogate_of_one_token(advantage, log_ratio, objective, slope, cut):
