@@ -88,6 +88,38 @@ def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_wide
     assert (found["positions"], found["layer_sem"], found["target_layer"]) == (1, None, None)
 
 
+def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys):
+    """The model of a run, saved as a Qwen3 of transformers, gives what the run gives."""
+    pytest.importorskip("trl", reason="the extra `hf` is not installed")
+    from experiments import trl_peer
+
+    qwen3 = tmp_path / "qwen3"
+    trl_peer.to_qwen3(toy.load_model(finished / "base.pt")).save_pretrained(qwen3)
+    trl_peer.tokenizer().save_pretrained(qwen3)
+    for command, *options in (
+        ("writes", "--text", "2*3=6"),
+        ("lens", "--text", "2*3=6"),
+        ("step", "--layer", "2", "--responses", "2", "31", "--rewards", "1", "0"),
+        ("sample", "--layer", "2"),
+    ):
+        for of, out in (finished, "run"), (qwen3, "lm"):
+            assert run(command, of, PROMPT, *options, "--out", tmp_path / out) == 0
+
+    def wrote(name):  # by the run, by the language model
+        return [(tmp_path / out / name).read_text() for out in ("run", "lm")]
+
+    ours, theirs = map(json.loads, wrote("entropy.json"))
+    for name, values in ours.items():
+        assert theirs[name] == pytest.approx(values, abs=1e-4), name
+    assert all('"said":["2","*","3","=","6"]' in page for page in wrote("lens.html"))
+    ours, theirs = (text.splitlines() for text in wrote("step.txt"))
+    assert ours[:5] == theirs[:5]  # question, rewards, advantages
+    (norms,) = (line.split() for line in theirs if "lm.model.norm" in line)
+    assert norms[-2] == "none" and float(norms[-1]) > 0  # in phase 1, in phase 2
+    assert sum(line.startswith("  '") for line in capsys.readouterr().out.splitlines()) == 16
+    assert run("entropy", qwen3, PROMPT, "--checkpoint", "base") == 2
+
+
 # ---- step ----
 
 

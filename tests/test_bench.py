@@ -1,5 +1,5 @@
 """experiments/bench.py: that every section runs, that its FLOPs are those that torch counts, row by
-row and token by token, and that the model which TRL trains is ours."""
+row and token by token, and that TRL reads and rewards as train_toy.py does."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from conftest import tiny
 
 import train_toy as toy
 from experiments import bench
-from model import GPT, Generation
+from model import Generation
 
 
 def test_flops_of_an_update_and_of_sampling_row_by_row():
@@ -38,16 +38,10 @@ def test_quick_runs_every_section_but_writes_nothing(monkeypatch, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_that_trl_trains_is_ours():
+def test_trl_reads_and_rewards_as_train_toy():
     pytest.importorskip("trl", reason="the extra `bench` is not installed")
     from experiments import trl_peer
 
-    model = tiny(vocab_size=toy.VOCAB_SIZE, n_layer=2, d_model=32)
-    qwen3, tokens = trl_peer.to_qwen3(model), torch.randint(toy.VOCAB_SIZE, (3, 24))
-    torch.testing.assert_close(qwen3(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
-    other = GPT(model.cfg)
-    trl_peer.from_qwen3(other, qwen3)
-    torch.testing.assert_close(other(tokens), model(tokens))
     assert trl_peer.tokenizer()("7+5*3-2=")["input_ids"] == toy.encode("7+5*3-2=")
     answers = [toy.encode(text) for text in ("4<eos>", "4", "9=4<eos>", "94<eos>")]
     assert trl_peer.reward(["7+5*3-2="] * 4, None, answers) == [1, 0, 1, 0]

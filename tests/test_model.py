@@ -69,6 +69,23 @@ def test_residual_and_policy_are_those_of_the_trace(model):
     assert not torch.allclose(model(tokens), model.unembed(stream[-1]))  # another policy
 
 
+@torch.no_grad()
+def test_our_block_is_qwen3():
+    """A random Qwen3 of transformers and GPT with its weights: stream, writes, logits to 1e-5."""
+    pytest.importorskip("trl", reason="the extra `hf` is not installed")
+    from experiments import trl_peer
+    from hf.adapter import HFModel
+
+    sizes = dict(vocab_size=16, head_dim=12, norm_eps=1e-3, rope_theta=500.0)
+    qwen3, ours = trl_peer.to_qwen3(tiny(**sizes)), tiny(seed=1, **sizes)
+    trl_peer.from_qwen3(ours, qwen3)
+    tokens, close = random_tokens(), dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tokens), qwen3(tokens).logits, **close)
+    torch.testing.assert_close(tiny(**sizes)(tokens), ours(tokens), **close)
+    for trace, theirs in zip(ours.trace(tokens), HFModel(qwen3).trace(tokens), strict=True):
+        torch.testing.assert_close(tuple(trace), tuple(theirs), **close)
+
+
 def test_forward_against_a_loop_over_heads_and_positions(changes):
     """One layer of attention, norms and SwiGLU by hand in float64, position by position."""
     model = tiny(n_layer=1, dtype=torch.float64, **changes)
