@@ -1,10 +1,10 @@
 """README's figures.
 
-    python experiments/figures.py seeds     # after seeds.py: entropy, lens, dynamics, Pass@K
+    python experiments/figures.py seeds     # after seeds.py: entropy flow, lens, dynamics
     python experiments/figures.py study     # after study.py, mechanism.py, lm_study.py: effects
 
-Entropies and the lens are of seed 0, the others of all five seeds. Takes about five minutes and the
-extra `bench`. They are written to experiments/figures.
+Entropy flow and lens are of seed 0, the dynamics of all five seeds. Needs the extra `bench`. They
+are written to experiments/figures.
 """
 
 import shutil
@@ -135,12 +135,12 @@ def of_seeds():
         failed = (
             analyze.main(["entropy", RUNS[0], *out])
             or analyze.main(["lens", RUNS[0], "4+4+4+2*8=", *out])
-            or compare.main([*RUNS, "--problems", "64", *out])
+            or compare.main([*RUNS, "--make", "training", *out])
         )
         if failed:
             sys.exit("run experiments/seeds.py first")
-        for picture in Path(scratch).glob("*.png"):
-            shutil.move(picture, FIGURES / picture.name)
+        for name in ("entropy_flow.png", "lens.png", "dynamics.png"):
+            shutil.move(Path(scratch) / name, FIGURES / name)
 
 
 if __name__ == "__main__":
