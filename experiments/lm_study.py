@@ -26,7 +26,7 @@ from experiments.seeds import less_control, machine, run_missing, save_report  #
 from experiments.study import interval  # noqa: E402
 from hf.adapter import encode_text, load  # noqa: E402
 from hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
-from minibupo import Rollouts, group_advantages, response_mask  # noqa: E402
+from minibupo import Policy, Rollouts, group_advantages, response_mask, token_logprobs  # noqa: E402
 from train_toy import pick_device  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -70,16 +70,9 @@ def gradient(model, rollouts, layer: int | None, of=slice(None)) -> tuple[dict, 
     total = 0.0
     for part in rows.split(ROWS):
         T = int(rollouts.end[part].max())
-        tokens = rollouts.tokens[part, :T]
         mask = response_mask(rollouts.prompt_len[part], rollouts.end[part], T)
-        at = mask.flatten().nonzero()[:, 0]
-        h = model.residual(tokens[:, :-1], model.n_layer if layer is None else layer)
-        h = h.flatten(0, 1)[at]
-        logits = model.unembed(model.final_norm(h) if layer is None else h)
-        chosen = tokens[:, 1:].flatten()[at]
-        logp = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-        weight = advantages[part, None].expand(mask.shape).flatten()[at]
-        (-(weight * logp).sum() / count).backward()
+        logp = token_logprobs(model, rollouts.tokens[part, :T], mask, Policy(layer))
+        (-(advantages[part, None] * logp).sum() / count).backward()
         total += float(logp.detach().sum())
     blocks = {}
     for name, parameter in model.named_parameters():
