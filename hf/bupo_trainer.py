@@ -125,8 +125,9 @@ class BuPOTrainer(GRPOTrainer):
                 # the wrapped model is called, so that sharded weights are gathered
                 model(input_ids=rows, attention_mask=seen, use_cache=False, logits_to_keep=1)
         changes = torch.stack(changes).view(-1, len(decoder._modules[blocks])).sum(0)
-        count = attention_mask[:, -keep:].sum()
-        d_mlp = self.accelerator.reduce(changes) / self.accelerator.reduce(count)
+        sums = torch.cat([changes, attention_mask[:, -keep:].sum()[None]])  # and the positions
+        sums = self.accelerator.reduce(sums)
+        d_mlp = sums[:-1] / sums[-1]
         try:
             layer = target_layer(d_mlp)
         except ValueError as error:

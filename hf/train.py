@@ -16,6 +16,7 @@ import torch
 
 try:
     from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
     from trl.rewards import accuracy_reward
 
@@ -82,9 +83,9 @@ def read_data(task: TaskArguments, evaluate: bool):
         return train, held_out if evaluate else None, right_answer
     try:
         data = load_dataset(task.dataset_name, task.dataset_config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"there is no data set {task.dataset_name}: {reason}") from error
+        raise ValueError(f"cannot read data set {task.dataset_name}: {reason}") from error
     splits = [task.dataset_train_split] + [task.dataset_test_split] * evaluate
     for split in splits:
         if split not in data:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,29 @@ def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys)
     assert norms[-2] == "none" and float(norms[-1]) > 0  # in phase 1, in phase 2
     assert sum(line.startswith("  '") for line in capsys.readouterr().out.splitlines()) == 16
     assert run("entropy", qwen3, PROMPT, "--checkpoint", "base") == 2
+    assert run("entropy", qwen3) == run("sample", qwen3, PROMPT) == 2  # no prompt, no layer
+
+    args = analyze.parse_arguments(["entropy", str(qwen3), PROMPT, "--dtype", "bfloat16"])
+    read = analyze.read_subject(args)
+    assert read.load(read.chosen).lm.dtype == torch.bfloat16 and read.eos_id == toy.EOS
+
+
+def test_what_a_language_model_is(finished, tmp_path, monkeypatch):
+    """A name on the hub, safetensors or a file; but not a run, nor a path that is mistyped."""
+    (tmp_path / "model.safetensors").touch()
+    found = SimpleNamespace(folder=tmp_path / "of a language model")
+    monkeypatch.setattr(analyze, "read_language_model", lambda *_: found)
+
+    def read(name):
+        args = analyze.parse_arguments(["entropy", str(name), PROMPT])
+        return analyze.read_subject(args).folder
+
+    for name in "Qwen/Qwen3-0.6B", tmp_path, tmp_path / "model.safetensors":
+        assert read(name) == found.folder
+    assert read(finished) == finished / "figures"
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match="neither a run nor a language model"):
+        read(f"{tmp_path.name}/none")
 
 
 # ---- step ----

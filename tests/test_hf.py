@@ -29,9 +29,11 @@ SIZES |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0)
 LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=16)
 TIED = dict(head_dim=8, tie_word_embeddings=True)
+OPT = dict(ffn_dim=40, word_embed_proj_dim=32)
 OPEN = dict.fromkeys(("Llama", "SmolLM3", "Phi3", "Olmo2"), {}) | {
     "Qwen3": TIED,
     "Qwen2": dict(tie_word_embeddings=True, attention_dropout=0.5),
+    "Qwen2 with two masks": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "Llama 3": dict(rope_parameters=LLAMA3),
     "Mistral": dict(sliding_window=4),
     "Gemma": dict(head_dim=8),
@@ -67,6 +69,7 @@ def save(path, lm):
 def test_contract(family):
     lm = build(family, **OPEN[family]).eval()
     theirs = lm(TOKENS, output_hidden_states=True)
+    hooks = sum(len(module._forward_hooks) for module in lm.modules())  # transformers' own
     model = HFModel(lm.train())  # has no dropout all the same
     assert torch.equal(model(TOKENS), theirs.logits)
     assert (model.n_layer, model.vocab_size) == (3, 37)
@@ -96,6 +99,7 @@ def test_contract(family):
     assert len(list(short.trace(TOKENS))) == short.n_layer == 2
     said = short.generate(TOKENS[:, :5], 6, temperature=0).tokens
     assert torch.equal(said[:, 5:], m.policy_logits(model, said, m.Policy(2))[:, 4:-1].argmax(-1))
+    assert sum(len(module._forward_hooks) for module in lm.modules()) == hooks
 
 
 def test_what_cannot_be_is_refused_in_a_sentence():
@@ -108,7 +112,8 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         (lambda: build("Granite", logits_scaling=3.0), "other logits"),
         (lambda: build("GPTNeoX"), "attention of layer 1"),  # its blocks are parallel
         (lambda: doubled, "FFN of layer 2"),
-        (lambda: build("OPT", ffn_dim=40, word_embed_proj_dim=32), "no attention and FFN by name"),
+        (lambda: build("OPT", **OPT), "no attention and FFN by name"),
+        (lambda: build("OPT", do_layer_norm_before=False, **OPT), "with a final norm"),
         (lambda: build("Bloom"), "BloomBlock has .* more results than a stream"),
         (lambda: T5ForConditionalGeneration(T5Config(**SIZES)), "no decoder-only language model"),
         (lambda: truncated(model.lm, -1).__enter__(), r"0\.\.3, not -1"),
@@ -116,6 +121,8 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         (lambda: model.truncated(0), r"1\.\.3, not 0"),
         (lambda: model(outside), "token id 37"),
         (lambda: model.residual(outside, 1), "token id 37"),
+        (lambda: next(model.trace(outside)), "token id 37"),
+        (lambda: model(TOKENS.repeat(1, 6)), "context_length = 64"),
     ]:
         with pytest.raises(ValueError, match=says):
             HFModel(call())
@@ -129,6 +136,7 @@ def test_load_a_directory_and_encode(tmp_path):
     model, tokenizer = load(directory)
     assert torch.equal(model(TOKENS), lm.eval()(TOKENS).logits)
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
+    assert encode_text(tokenizer, "") == []
     both = TemplateProcessing("<eos> $A <eos>", special_tokens=[("<eos>", 14)])
     tokenizer.backend_tokenizer.post_processor = both
     assert encode_chat(tokenizer, "1+1=", "2") == ([14, 1, 10, 1, 13, 2], 5)
@@ -159,6 +167,7 @@ def test_gguf(tmp_path, monkeypatch):
     ours, theirs = (model.model.layers[1].mlp.up_proj.weight for model in (found, lm))
     assert torch.equal(ours, theirs)
     found.save_pretrained(tmp_path / "saved")  # refused of what transformers thinks is quantised
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
     with pytest.raises(ValueError, match="rope_freqs"):
         load(tmp_path / "llama3.gguf")
     monkeypatch.setattr(language_models, "CACHE", tmp_path)
@@ -191,7 +200,11 @@ def trained(out, trainer=BuPOTrainer, lm=None, **options):
 
 
 def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    """All weights, also of a model that is sharded."""
+    named = trainer.model.named_parameters()
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named
+    }
 
 
 def differ(a, b):
@@ -285,6 +298,19 @@ def test_no_steps_is_grpo(tmp_path):
     assert not differ(weights(grpo), weights(bupo))
     for name in ("loss", "entropy", "reward"):
         assert logged(grpo, name) == logged(bupo, name)
+    assert not bupo.args.ddp_find_unused_parameters
+    trained(tmp_path, lm=build("GPTNeoX"), max_steps=1)  # which phase 1 could not train
+
+
+def test_corners_of_the_options(tmp_path):
+    """The top layer; a correction that is off; more batches of rollouts a step than one."""
+    options = dict(bupo_steps=1, bupo_layer=3, max_steps=2, gradient_accumulation_steps=2)
+    options |= dict(steps_per_generation=1, vllm_importance_sampling_correction=False)
+    trainer = trained(tmp_path, **options, off_policy_mask_threshold=0.1)
+    assert logged(trainer, "bupo/phase") == [1, 2]
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1}  # were reset
+    assert not trainer.vllm_importance_sampling_correction
+    assert all("step" in entry for entry in trainer.state.log_history)
 
 
 def test_resume_goes_on_as_if_never_stopped(tmp_path):
