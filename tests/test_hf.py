@@ -121,6 +121,7 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         (lambda: model.truncated(0), r"1\.\.3, not 0"),
         (lambda: model(outside), "token id 37"),
         (lambda: model.residual(outside, 1), "token id 37"),
+        (lambda: model.residual(TOKENS, 1.5), "not 1.5"),
         (lambda: next(model.trace(outside)), "token id 37"),
         (lambda: model(TOKENS.repeat(1, 6)), "context_length = 64"),
     ]:
@@ -279,6 +280,7 @@ def test_trainer_is_minibupo(tmp_path, family, tied, options):
     d_mlp = m.look_inside(HFModel(copied), *batch)["d_mlp"].mean(1)
     assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
     assert [trainer.layer] == [m.target_layer(d_mlp)] == logged(trainer, "bupo/layer")
+    assert all("step" in entry for entry in trainer.state.log_history)
 
     # What is above the layer stays in phase 1, under weight decay.
     below = tuple(f"model.layers.{i}" for i in range(trainer.layer)) + ("model.embed", "lm_head")
@@ -310,7 +312,6 @@ def test_corners_of_the_options(tmp_path):
     assert logged(trainer, "bupo/phase") == [1, 2]
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1}  # were reset
     assert not trainer.vllm_importance_sampling_correction
-    assert all("step" in entry for entry in trainer.state.log_history)
 
 
 def test_resume_goes_on_as_if_never_stopped(tmp_path):

@@ -151,14 +151,14 @@ def test_what_is_set_by_default(directory, tmp_path, monkeypatch):
 
 
 def test_arithmetic_holds_problems_out():
-    train, held_out = hf.train.arithmetic(1, "+*")
-    assert list(held_out) == list(hf.train.arithmetic(1, "+*")[1])  # also in another run
+    train, held_out = hf.train.arithmetic(1, "+-*")
+    assert list(held_out) == list(hf.train.arithmetic(1, "+-*")[1])  # also in another run
     assert sum(map(len, hf.train.arithmetic(3, "+"))) <= 20_000
-    assert len(train) + len(held_out) == 198 and len(held_out) == 39  # less two worked examples
+    assert len(train) + len(held_out) == 297 and len(held_out) == 59  # less the worked examples
     assert not set(train["prompt"]) & set(held_out["prompt"])
     for row in [*train, *held_out]:
         question = row["prompt"].split("\n")[-1]
-        assert row["prompt"] == f"3+4=7\n2*4=8\n{question}"
+        assert row["prompt"] == f"3+4=7\n7-4=3\n2*4=8\n{question}"
         assert row["answer"] == str(eval(question[:-1]))
     assert hf.train.right_answer(["7\n3", " 7", "77", ""], ["7"] * 4) == [1, 1, 0, 0]
     assert all(len(p) == 15 for p in hf.train.arithmetic(2, "-")[1]["prompt"][:99])
