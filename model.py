@@ -11,7 +11,7 @@ Shapes: B batch, T time, d = d_model, V = vocab_size, L = n_layer, D = head_dim.
 
 import copy
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -213,7 +213,8 @@ class GPT(nn.Module):
         other model."""
         layer = self._check_layer(layer, lowest=1)
         short = copy.copy(self)
-        short.cfg = replace(self.cfg, n_layer=layer)
+        short.cfg = copy.copy(self.cfg)
+        short.cfg.n_layer = layer
         parts = {"blocks": self.blocks[:layer], "final_norm": nn.Identity()}
         short._modules = {**self._modules, **parts}
         return short
@@ -251,8 +252,8 @@ class GPT(nn.Module):
         cache = self._empty_cache(len(prompt), total)
         logits = self._next_logits(prompt[:, :start], cache, 0)
         logits = logits.repeat_interleave(num_samples, dim=0)
-        cache = cache.repeat_interleave(num_samples, dim=2)
         rows = torch.arange(N, device=device)  # the rows that still run
+        cache = cache.index_select(2, rows // num_samples)
 
         for t in range(start, total):  # choose token t
             token = sample(logits, temperature, generator)

@@ -9,7 +9,6 @@ that nobody has tried is checked by numbers when an HFModel is made. So it comes
 refused.
 """
 
-import copy
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ def find_parts(lm):
     decoder = lm.get_decoder()
     L, children = decoder.config.num_hidden_layers, dict(decoder.named_children())
     blocks = [n for n, m in children.items() if isinstance(m, nn.ModuleList) and len(m) == L]
+    # the last one, if several: that it is the final norm HFModel checks
     norms = [n for n in children if "norm" in n or n.startswith("ln_")]
     if len(blocks) != 1 or not norms:
         raise ValueError(f"{name} has no list of {L} blocks with a final norm, or is cut already")
@@ -69,11 +69,12 @@ FFN = {"mlp", "feed_forward", "block_sparse_moe", "ffn", "moe"}
 @contextmanager
 def watching(blocks, found):
     """Inside the `with`, each of the blocks calls found(LayerTrace) when it has run."""
-    calls = []  # (name, what it read, what it wrote) of the modules in the block that runs
+    calls = {}  # of the modules in the block that runs: what each read and wrote, in order
 
     def module_ran(name, module, args, kwargs, out):
+        # transformers calls attention by keyword
         read = args[0] if args else kwargs.get("hidden_states")
-        calls.append((name, read, out[0] if isinstance(out, tuple) else out))
+        calls[name] = read, out[0] if isinstance(out, tuple) else out
 
     def block_ran(block, args, out):
         found(layer_trace(type(block).__name__, args[0], calls, out))
@@ -92,15 +93,15 @@ def layer_trace(name: str, resid_pre, calls, resid_post) -> LayerTrace:
     """Tell from the calls of a block's modules what attention and FFN read, and what they add.
 
     Raises ValueError for a block whose modules have other names, or with more than one result."""
-    ran = {module: (read, wrote) for module, read, wrote in calls}
-    attention, ffn = ran.keys() & ATTENTION, ran.keys() & FFN
+    attention, ffn = calls.keys() & ATTENTION, calls.keys() & FFN
     if not attention or not ffn or isinstance(resid_post, tuple):
-        raise ValueError(f"{name} has no attention and FFN by name, or more results than a stream")
-    (attn_in, attn_out), (mlp_in, mlp_out) = ran[attention.pop()], ran[ffn.pop()]
-    resid_mid = mlp_in  # unless a norm made it
-    for _, read, wrote in calls:
+        raise ValueError(f"{name} has no attention and FFN by name, or returns more than a stream")
+    (attn_in, attn_out), (mlp_in, mlp_out) = calls[attention.pop()], calls[ffn.pop()]
+    # If a norm made mlp_in, it read resid_mid. Gemma 2 and OLMo 2 also norm a write before they
+    # add it: then what is added is what the norm wrote.
+    resid_mid = mlp_in
+    for read, wrote in calls.values():
         resid_mid = read if wrote is mlp_in else resid_mid
-        # Gemma 2 and OLMo 2 norm a write before they add it
         attn_out = wrote if read is attn_out else attn_out
         mlp_out = wrote if read is mlp_out else mlp_out
     return LayerTrace(resid_pre, attn_in, attn_out, resid_mid, mlp_in, mlp_out, resid_post)
@@ -112,9 +113,10 @@ def layer_trace(name: str, resid_pre, calls, resid_post) -> LayerTrace:
 class HFModel(GPT):
     """A causal LM of transformers as minibupo.py wants a model, with its weights (no copy).
 
-    Its parts go by GPT's names, and GPT's is how it checks its input and samples. It is in
-    evaluation mode: a policy has no dropout. Raises ValueError for a model whose stream cannot be
-    laid open exactly: parallel blocks, logits that are scaled or capped, and others.
+    Its parts go by GPT's names, and GPT's is all that is not here: how it unembeds, samples and
+    checks its input. It is in evaluation mode: a policy has no dropout. Raises ValueError for a
+    model whose stream cannot be laid open exactly, as far as its type resolves: parallel blocks,
+    logits that are scaled or capped, and others.
     """
 
     def __init__(self, lm):
@@ -126,18 +128,14 @@ class HFModel(GPT):
         self.cfg = SimpleNamespace(
             n_layer=len(self.blocks),
             vocab_size=len(self.lm_head.weight),
+            # without a limit: 2^31
             context_length=getattr(decoder.config, "max_position_embeddings", None) or 2**31,
         )
         self._check_model()
 
-    def forward(self, tokens):
-        self._check_tokens(tokens)
-        return self.lm(input_ids=tokens, use_cache=False).logits
-
     def residual(self, tokens, layer: int):
         self._check_tokens(tokens)
-        with truncated(self.lm, self._check_layer(layer)):
-            return self.lm.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        return self._decode(tokens, self._check_layer(layer), use_cache=False).last_hidden_state
 
     def trace(self, tokens):
         """Yield the LayerTrace of layers 1..L, lazily.
@@ -154,36 +152,32 @@ class HFModel(GPT):
         with ExitStack() as patches:
             for block in self.blocks:
                 patches.enter_context(patch.object(block, "forward", note))
-            self.lm.get_decoder()(input_ids=tokens, use_cache=False)
+            self._decode(tokens, self.n_layer, use_cache=False)
         h = calls[0][0]
         for block, (_, args, kwargs) in zip(self.blocks, calls):
             with watching([block], found.append):
                 h = block(h, *args, **kwargs)
             yield found.pop()
 
-    def truncated(self, layer: int) -> "HFModel":
-        layer = self._check_layer(layer, lowest=1)
-        weights = {id(x): x for x in (*self.lm.parameters(), *self.lm.buffers())}
+    def _decode(self, tokens, layer: int, **options):
         with truncated(self.lm, layer):
-            lm = copy.deepcopy(self.lm, weights)  # of all but the weights
-        lm.get_decoder().config.num_hidden_layers = layer
-        return HFModel(lm)
+            return self.lm.get_decoder()(input_ids=tokens, **options)
 
     def _empty_cache(self, B: int, T: int):
         return KVCache()
 
     def _next_logits(self, tokens, cache, start: int):
-        out = self.lm(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache)
-        name = "cache" if "cache" in out else "past_key_values"  # it was renamed in 2026
+        out = self._decode(tokens, self.n_layer, use_cache=True, **cache)
+        name = "cache" if "cache" in out else "past_key_values"  # as it was until transformers 5
         cache[name] = out[name]
-        return out.logits[:, -1]
+        return self.unembed(self.final_norm(out.last_hidden_state[:, -1]))
 
     @torch.no_grad()
     def _check_model(self):
         """Raise ValueError unless the parts that are laid open make up the model."""
         tokens = torch.arange(8, device=self.device)[None] % self.vocab_size
         with watching(self.blocks, lambda trace: None):  # a block of another kind is told by name
-            self(tokens)
+            theirs = self.lm(input_ids=tokens, use_cache=False).logits
         h = self.residual(tokens, 0)
         for l, trace in enumerate(self.trace(tokens), 1):
             self._require(h, trace.resid_pre, f"layer {l} does not read H^{l - 1}")
@@ -192,27 +186,25 @@ class HFModel(GPT):
             self._require(post, trace.resid_post, f"the FFN of layer {l} adds something else")
             h = self.residual(tokens, l)
             self._require(h, trace.resid_post, f"layer {l} on its own gives another H^{l}")
-        self._require(self(tokens), self.unembed(self.final_norm(h)), "H^L gives other logits")
-        # An unembedding that caps or scales its logits shows when they are large.
+        self._require(theirs, self(tokens), "H^L gives other logits")
+        # An unembedding that caps or scales its logits shows when they are large. Any vectors will
+        # do, at a size that spreads their logits by 100.
         probe = torch.arange(float(h.numel())).cos().view(h.shape).to(h)
         probe *= 100 / self.unembed(probe).std()
-        with ExitStack() as hook:
-            hook.callback(self.final_norm.register_forward_hook(lambda *_: probe).remove)
-            self._require(self.unembed(probe), self(tokens), "its logits are scaled or capped")
+        with patch.object(self.final_norm, "forward", lambda h: probe):
+            theirs = self.lm(input_ids=tokens, use_cache=False).logits
+            self._require(self.unembed(probe), theirs, "its logits are scaled or capped")
 
     def _require(self, a, b, what: str):
-        close = torch.finfo(a.dtype).eps ** 0.5 * float(a.abs().max())
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=close):
+        # Half of the digits, since rounding adds up over layers. Of each number and of the median,
+        # for a few dimensions of a stream can be a thousand times as large as the others.
+        close = torch.finfo(a.dtype).eps ** 0.5
+        if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
             raise ValueError(f"{type(self.lm).__name__} cannot be laid open: {what}")
 
 
 class KVCache(dict):
     """transformers' cache under the name that a model gives it, as GPT.generate handles one."""
-
-    def repeat_interleave(self, n, dim):
-        for cache in self.values():
-            cache.batch_repeat_interleave(n)
-        return self
 
     def index_select(self, dim, keep):
         for cache in self.values():
@@ -231,32 +223,31 @@ def load(source, dtype: str = "float32", device="cpu"):
     return HFModel(lm.to(device)), tokenizer
 
 
-def load_lm(source, dtype: str = "float32"):
-    """(transformers' model, tokenizer), unchecked. What comes from a GGUF file can be trained."""
+def load_lm(source, dtype: str = "float32", revision="main", **options):
+    """(transformers' model, tokenizer), unchecked; `options` are AutoModelForCausalLM's."""
     try:
         import gguf
         import transformers
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[hf]"') from None
-    path, options = Path(source), {}
+    path, file = Path(source), {"revision": revision}
     try:
         if path.suffix == ".gguf":
             if any(tensor.name == "rope_freqs.weight" for tensor in gguf.GGUFReader(path).tensors):
                 raise ValueError("it has rope_freqs (Llama 3), which transformers ignores")
-            source, options = str(path.parent), {"gguf_file": path.name}
+            source, file["gguf_file"] = str(path.parent), path.name
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        lm, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+        options |= dict(dtype=dtype, output_loading_info=True)
+        lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
+    except Exception as error:  # transformers and its readers have one for each kind of damage
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"transformers cannot read {path}: {reason}") from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise ValueError(f"{path} has no weights for {name}, which would be random")
-    if options:  # else Trainer takes it for a quantised model, though its weights are not any more
+    if "gguf_file" in file:  # its weights are quantised no more, but Trainer would think so
         lm.is_quantized, lm.hf_quantizer = False, None
         for config in (lm.config, lm.generation_config):
             vars(config).pop("quantization_config", None)

@@ -30,11 +30,17 @@ class BuPOConfig(GRPOConfig):
 
     bupo_layer: int | None = field(
         default=None,
-        metadata={"help": "layer l of phase 1, 1..L; without it the paper's rule picks one"},
+        metadata={
+            "help": "layer l of phase 1, 1..L; without it the paper's rule picks one, on the first "
+            "responses that are scored"
+        },
     )
     bupo_steps: int = field(
         default=0,
-        metadata={"help": "s_inter, how many batches of rollouts phase 1 takes; 0 is GRPO"},
+        metadata={
+            "help": "s_inter, how many batches of rollouts phase 1 takes, rounded up to whole "
+            "optimizer steps; 0 is GRPO"
+        },
     )
 
     def __post_init__(self):
@@ -48,17 +54,18 @@ class BuPOConfig(GRPOConfig):
                 "off_policy_mask_threshold compares with vLLM's pi_theta, which phase 1 does not "
                 "train: leave it out, or set bupo_steps to 0"
             )
+        # In phase 1 the blocks above the layer have no gradient that DDP could wait for. It cannot
+        # look for them where checkpoints are reentrant.
+        self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
-        # In phase 1 the blocks above the layer have no gradient that DDP could wait for.
-        self.ddp_find_unused_parameters = True
 
 
 class BuPOTrainer(GRPOTrainer):
     """GRPOTrainer with phase 1 (Eq. 10) on the first `bupo_steps` batches of rollouts (Eq. 11).
 
     What it logs of phase 1 as `entropy`, `kl` and `clip_ratio` is the internal policy's. Raises
-    ValueError for a layer that is not there and a model that HFModel refuses.
+    ValueError for a layer that is not there and, but under DeepSpeed, a model that HFModel refuses.
     """
 
     def __init__(self, *args, **kwargs):
@@ -75,19 +82,20 @@ class BuPOTrainer(GRPOTrainer):
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
         # FSDP may load weights in one process alone; DeepSpeed may have them in pieces already
         if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
-            HFModel(lm)
+            HFModel(lm)  # raises what it refuses
 
     def _generate_and_score_completions(self, inputs):
         # The phase is settled where rollouts are made, and holds for all steps on them. So old and
-        # new log-probabilities are of one policy. global_step survives a resume.
+        # new log-probabilities are of one policy. After a resume global_step goes on, TRL's own
+        # count of steps does not.
         if self.args.bupo_steps and self.model.training:
             per_batch = self.args.steps_per_generation * self.num_iterations
             micro_steps = self.state.global_step * self.args.gradient_accumulation_steps
             left = self.args.bupo_steps * per_batch - micro_steps
             self.phase = 1 if left > 0 else 2
             if -self.args.gradient_accumulation_steps < left <= 0:
-                # As in minibupo.bupo: moments that remember phase 1's larger gradient make the
-                # first steps of phase 2 too small.
+                # The first optimizer step of phase 2. As in minibupo.bupo: moments that remember
+                # phase 1's larger gradient make the first steps of phase 2 too small.
                 self.optimizer.state.clear()
             # It would weigh pi_Layer^l against vLLM's pi_theta, and nearly every weight would be 0.
             self.vllm_importance_sampling_correction = (
@@ -112,12 +120,14 @@ class BuPOTrainer(GRPOTrainer):
         lm = self.accelerator.unwrap_model(model)
         decoder, blocks, _ = find_parts(lm)
         unembed, batch, changes = lm.get_output_embeddings(), batch_size or len(input_ids), []
+        # About 64 positions are unembedded at a time; in as many pieces on every rank, since ZeRO-3
+        # gathers the unembedding for each.
+        pieces = 1 + batch * keep // 64
 
-        def add(trace):  # of one layer and batch
+        def add(trace):  # of one layer, for the rows that run, whose response is mask
             read, wrote = (h[:, -keep - 1 : -1][mask] for h in (trace.mlp_in, trace.mlp_out))
-            parts = zip(wrote.split(64), read.split(64))  # positions that are unembedded at a time
-            d_mlp = [(entropy(unembed(w)) - entropy(unembed(r))).sum() for w, r in parts]
-            changes.append(sum(d_mlp))
+            parts = zip(wrote.tensor_split(pieces), read.tensor_split(pieces))
+            changes.append(sum((entropy(unembed(w)) - entropy(unembed(r))).sum() for w, r in parts))
 
         with watching(decoder._modules[blocks], add), self.accelerator.autocast():
             for rows, seen in zip(input_ids.split(batch), attention_mask.split(batch)):

@@ -1,11 +1,11 @@
 """Train a language model by BuPO, with TRL's own command line.
 
-    python -m hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 6 --bupo_steps 30 \
-        --output_dir out/qwen --max_steps 120 --num_generations 8 --logging_steps 1
+    python -m hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 20 --bupo_steps 4 \
+        --output_dir out/qwen --max_steps 20 --num_generations 8 --max_completion_length 4
 
-Also under `accelerate launch -m hf.train` and `torchrun -m hf.train`. Every option of GRPOConfig
-and ModelConfig is one here, too. Without --dataset_name the task is arithmetic, which needs no
-download: answers can be verified, and every fifth problem is held out for evaluation.
+Also under `accelerate launch -m hf.train` and `torchrun -m hf.train`. Options of GRPOConfig and
+ModelConfig (but 4 and 8 bits) are options here, too. Without --dataset_name the task is arithmetic,
+which needs no download: answers can be verified, and every fifth problem is held out to evaluate.
 """
 
 import os
@@ -37,21 +37,23 @@ class TaskArguments(ScriptArguments):
 
 # ---- the built-in task ---------------------------------------------------------------------------
 
-WORKED = {"+": ("23+45=68", "3+4=7"), "-": ("68-45=23", "7-4=3"), "*": ("12*13=156", "2*4=8")}
+# of one digit, of more
+WORKED = {"+": ("3+4=7", "23+45=68"), "-": ("7-4=3", "68-45=23"), "*": ("2*4=8", "12*13=156")}
 
 
 def arithmetic(digits: int, operations: str):
     """(training set, held-out set) with columns prompt and answer; no problem is in both.
 
     A prompt is worked examples and a question, "3+4=7\\n2*4=8\\n6+5=": a base model does not know
-    otherwise what it is asked. Raises ValueError for other operations or 1 > digits > 3.
+    otherwise what it is asked. Raises ValueError for other operations, or digits not in 1..3.
     """
-    if not operations or set(operations) - set(WORKED) or digits not in (1, 2, 3):
+    known = sum(op in WORKED for op in set(operations))
+    if not 0 < known == len(operations) or digits not in (1, 2, 3):
         raise ValueError(
             f"operations must be some of {' '.join(WORKED)} and digits 1, 2 or 3, not "
             f"{operations!r} and {digits}"
         )
-    examples = "".join(WORKED[op][digits == 1] + "\n" for op in operations)
+    examples = "".join(WORKED[op][min(digits, 2) - 1] + "\n" for op in operations)
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
     every = torch.cartesian_prod(
         torch.arange(len(operations)), torch.arange(low, high), torch.arange(low, high)
@@ -70,6 +72,12 @@ def arithmetic(digits: int, operations: str):
 def right_answer(completions, answer, **_) -> list[float]:
     """1 where the first line of a completion is the answer, else 0."""
     return [float(text.split("\n")[0].strip() == a) for text, a in zip(completions, answer)]
+
+
+def right_mathematics(completions, **columns) -> list[float | None]:
+    """TRL's reward by math-verify, for a data set. It reads chats, so plain text becomes one."""
+    chats = [[{"content": c}] if isinstance(c, str) else c for c in completions]
+    return accuracy_reward(chats, **columns)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -94,7 +102,7 @@ def read_data(task: TaskArguments, evaluate: bool):
             if column not in data[split].column_names:
                 there = ", ".join(data[split].column_names)
                 raise ValueError(f"{task.dataset_name} has no column {column!r}, only {there}")
-    return data[splits[0]], data[splits[1]] if evaluate else None, accuracy_reward
+    return data[splits[0]], data[splits[1]] if evaluate else None, right_mathematics
 
 
 def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
@@ -108,8 +116,17 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
     task, config, model = parser.parse_args_and_config(argv)
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
+    if model.load_in_4bit or model.load_in_8bit or task.dataset_streaming:
+        raise ValueError("load_in_4bit, load_in_8bit and dataset_streaming are not for hf.train")
+    if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
+        raise ValueError("beta needs a reference model, which TRL cannot read from a .gguf file")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
-    lm, tokenizer = load_lm(model.model_name_or_path, model.dtype or "float32")
+    lm, tokenizer = load_lm(
+        model.model_name_or_path,
+        model.dtype or "float32",
+        model.model_revision,
+        attn_implementation=model.attn_implementation,
+    )
     trainer = BuPOTrainer(
         model=lm,
         args=config,

@@ -105,16 +105,19 @@ def test_contract(family):
 def test_what_cannot_be_is_refused_in_a_sentence():
     model, doubled, outside = HFModel(build(**TIED)), build("Llama"), torch.tensor([[3, 37]])
     doubled.model.layers[1].register_forward_hook(lambda *args: 2 * args[-1])
+    coarse = build("GPTNeoX").bfloat16()
+    coarse.gpt_neox.embed_in.weight.data[:, 0] = 3000.0  # hides no wrong sum in the others
     with truncated(model.lm, 1), pytest.raises(ValueError, match="no list of 3 blocks"):
         HFModel(model.lm)
     for call, says in [
         (lambda: build("Gemma2", head_dim=8, final_logit_softcapping=3e2), "scaled or capped"),
         (lambda: build("Granite", logits_scaling=3.0), "other logits"),
         (lambda: build("GPTNeoX"), "attention of layer 1"),  # its blocks are parallel
+        (lambda: coarse, "attention of layer 1"),
         (lambda: doubled, "FFN of layer 2"),
         (lambda: build("OPT", **OPT), "no attention and FFN by name"),
         (lambda: build("OPT", do_layer_norm_before=False, **OPT), "with a final norm"),
-        (lambda: build("Bloom"), "BloomBlock has .* more results than a stream"),
+        (lambda: build("Bloom"), "BloomBlock has .* returns more than a stream"),
         (lambda: T5ForConditionalGeneration(T5Config(**SIZES)), "no decoder-only language model"),
         (lambda: truncated(model.lm, -1).__enter__(), r"0\.\.3, not -1"),
         (lambda: truncated(model.lm, 4).__enter__(), r"0\.\.3, not 4"),
@@ -287,6 +290,9 @@ def test_trainer_is_minibupo(tmp_path, family, tied, options):
     names = states[0].keys()
     assert differ(states[0], states[4]) == {name for name in names if name.startswith(below)}
     assert differ(states[4], states[11]) == names
+    now = HFModel(trainer.model)  # whose forward TRL has replaced
+    below = now.truncated(1)(TOKENS % 10)
+    torch.testing.assert_close(below, m.policy_logits(now, TOKENS % 10, m.Policy(1)))
     for trainer.phase in (1, 2):  # evaluation is pi_theta's in both
         torch.manual_seed(0)
         trainer.evaluate(trainer.train_dataset.select(range(2)))

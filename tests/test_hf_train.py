@@ -69,7 +69,10 @@ def test_command_line_with_a_data_set_and_adapters(directory, tmp_path):
     options |= dict(eval_strategy="steps", eval_steps=9)
     trainer, _ = hf.train.make_trainer(arguments(directory, tmp_path, **options))
     assert trainer.eval_dataset["prompt"][0] == "2+0="
-    assert trainer.reward_func_names == ["accuracy_reward"]
+    assert trainer.reward_func_names == ["right_mathematics"]
+    texts = [r"\boxed{2}", r"\boxed{3}"]
+    for completions in texts, [[{"role": "assistant", "content": text}] for text in texts]:
+        assert hf.train.right_mathematics(completions, solution=["$2$"] * 2) == [1, 0]
     assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
     trainer.reward_funcs = [even]  # a random model earns nothing else
     before = weights(trainer)
@@ -99,6 +102,7 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
     del part.model.layers[1].mlp.up_proj
     for name, lm in dict(narrow=narrow, part=part, parallel=build("GPTNeoX")).items():
         save(tmp_path / name, lm)
+    save(tmp_path / "cut", narrow).joinpath("model.safetensors").write_bytes(b"")
 
     def said(**options):
         capsys.readouterr()
@@ -115,11 +119,16 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(model_name_or_path=tmp_path / "nothing"), "transformers cannot read"),
         (dict(model_name_or_path=tmp_path / "base.pt"), "only a .gguf"),
         (dict(model_name_or_path=tmp_path / "cut.gguf"), "transformers cannot read"),
+        (dict(model_name_or_path=tmp_path / "cut.gguf", beta=0.1), "beta needs a reference model"),
+        (dict(model_name_or_path=tmp_path / "cut"), "transformers cannot read"),
+        (dict(attn_implementation="none"), "transformers cannot read"),
+        (dict(load_in_4bit=True), "load_in_4bit, load_in_8bit and dataset_streaming are not for"),
         (dict(model_name_or_path=tmp_path / "part"), "no weights for model.layers.1.mlp.up_proj"),
         (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be laid open"),
         (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),
         (dict(operations="/"), "operations must be some of + - *"),
         (dict(operations=""), "operations must be some of + - *"),
+        (dict(operations="++"), "operations must be some of + - *"),
         (dict(digits=0), "digits 1, 2 or 3, not '+*' and 0"),
         (dict(dataset_name=tmp_path / "no-data"), "cannot read data set"),
         (dict(dataset_name=tmp_path / "c"), "cannot read data set"),
@@ -141,7 +150,7 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
 
 def test_what_is_set_by_default(directory, tmp_path, monkeypatch):
     tokenizer = hf.train.load_lm(directory)[1]
-    monkeypatch.setattr(hf.train, "load_lm", lambda *_: (build(**TIED), tokenizer))
+    monkeypatch.setattr(hf.train, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
     options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
     options |= dict.fromkeys(("bf16", "gradient_checkpointing", "use_cpu"))
     trainer, config = hf.train.make_trainer(arguments("a.gguf", tmp_path, **options))
