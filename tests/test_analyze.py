@@ -112,7 +112,8 @@ def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys)
     ours, theirs = map(json.loads, wrote("entropy.json"))
     for name, values in ours.items():
         assert theirs[name] == pytest.approx(values, abs=1e-4), name
-    assert all('"said":["2","*","3","=","6"]' in page for page in wrote("lens.html"))
+    words = '"read":["=","2","*","3","="],"said":["2","*","3","=","6"]'
+    assert all(words in page for page in wrote("lens.html"))
     ours, theirs = (text.splitlines() for text in wrote("step.txt"))
     assert ours[:5] == theirs[:5]  # question, rewards, advantages
     (norms,) = (line.split() for line in theirs if "lm.model.norm" in line)
@@ -169,6 +170,8 @@ def test_step_is_a_step(finished, policy):
     loss.backward()
     assert float(numbers["loss before the step"]) == pytest.approx(loss.item(), abs=1e-4)
     assert numbers["ratios before the step"] == "1 .. 1"
+    low, high = map(float, numbers["ratios after the step"].split(" .. "))
+    assert low < high
     square = sum(float(p.grad.square().sum()) for p in model.blocks[0].parameters())
     assert float(numbers["  layer 1"]) == pytest.approx(square**0.5, rel=1e-3)
     none = numbers["  layer 3"] == numbers["  final_norm.weight"] == "none"
@@ -199,6 +202,12 @@ def test_step_of_given_responses(copied, capsys):
     tokens = [line.split() for line in printed.splitlines() if re.match(r"\S+ +[+-]\d\.", line)]
     assert " ".join(row[0] for row in tokens) == "2 <eos> 1 3 <eos>"
     assert all(len(row) == 10 for row in tokens)
+    of, args = subject(copied), ["step", str(copied), "7+5=", *options]
+    rollouts = analyze.one_question(of, of.load("base"), analyze.parse_arguments(args))
+    for row, at in (tokens[0], (0, 3)), (tokens[-1], (1, 5)):  # each phase from the base's weights
+        for policy, shown in (Policy(2), row[2:6]), (FULL, row[6:]):
+            columns = analyze.one_step(of.load("base"), rollouts, policy, of.settings.lr)[1]
+            assert columns[at].split() == shown
     assert before == {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
 
 
@@ -301,8 +310,12 @@ def test_training_curves_are_those_logged(finished):
     inside = toy.read_metrics(finished, "internal")
     curve = found["refinement"]["cos($H^l$, $H^L$), target $l$"]
     assert curve == {record["step"]: record["cos_layer"][2] for record in inside}
+    curve = found["refinement"]["$dH_{Layer}$, target $l$"]
+    assert curve == {record["step"]: record["d_layer"][1] for record in inside}
     steps = toy.read_metrics(finished, "step")
-    assert list(found["dynamics"]["training reward"].values()) == [r["reward"] for r in steps]
+    names = {"training reward": "reward", "entropy (nats)": "policy_entropy"}
+    for title, name in {**names, "length (tokens)": "length"}.items():
+        assert list(found["dynamics"][title].values()) == [r[name] for r in steps]
 
 
 def test_sample_is_of_the_internal_policy(finished, capsys):
@@ -312,7 +325,7 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
     expected = toy.evaluate(model.truncated(1), s, [3], 128)[0]["3"]["avg@8"]
     of_layer, of_pi_theta = printed.split("responses of")[1:]
     assert of_layer.startswith(" layer 1") and f"n = 3: {100 * expected:.1f}" in of_layer
-    assert of_pi_theta.startswith(" pi_theta")
+    assert of_pi_theta.startswith(" pi_theta") and f"'{PROMPT}" not in printed
 
 
 def test_a_run_that_was_stopped_early(copied, capsys):

@@ -166,6 +166,7 @@ def test_advantages_against_loops():
         assert found.flatten().tolist() == pytest.approx(by_hand[kind], abs=1e-12)
         counts = minibupo.group_advantages(rewards, kind)  # whole numbers are rewards, too
         torch.testing.assert_close(counts, found.float())
+        torch.testing.assert_close(minibupo.group_advantages(rewards.bfloat16(), kind), counts)
         for reward in torch.rand(20, generator=torch.Generator().manual_seed(0)):
             equal = minibupo.group_advantages(reward.expand(3, 7), kind)
             assert equal.eq(0).all()  # although the mean of 7 equal numbers may round to another

@@ -213,7 +213,9 @@ def test_what_a_prompt_is_padded_with_does_not_matter():
 # ---- bad input ----
 
 TOKENS = random_tokens()
-BAD_SIZES = [dict(d_model=18), dict(n_kv_head=3), dict(head_dim=5), dict(n_layer=0), dict(d_mlp=0)]
+BAD_SIZES = [dict(d_model=18), dict(n_kv_head=3), dict(head_dim=5)]
+COUNTS = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp")
+BAD_SIZES += [{count: 0} for count in COUNTS]
 BAD_TOKENS = [TOKENS + 1, TOKENS - 11, TOKENS[0], TOKENS[:, :0], torch.zeros(1, 25).long()]
 BAD_PROMPTS = [dict(num_samples=0), dict(temperature=-1), dict(temperature=math.nan)]
 BAD_PROMPTS += [dict(pad_id=11), dict(pad_id=-1)]

@@ -39,6 +39,8 @@ def test_each_step_meets_other_questions_and_other_chance(model):
 
     assert prompts(1) == prompts(1) and len(prompts(1)) == S.questions
     assert not prompts(1) & (prompts(2) | prompts(1, seed=1))
+    text = [toy.own_solutions(model, replace(S, seed=seed))[0][:, :5] for seed in (0, 1)]
+    assert not torch.equal(*text)
     problems = ["7+5*3-2"] * S.questions
     first, again, second = (toy.rollouts(S, model, step, problems).tokens for step in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, second)
@@ -63,3 +65,4 @@ def test_careful_work_fits_the_limit(n):
     lines = toy.careful("+".join("7" * (n + 1)))
     response = "=".join(lines[1:]) + "<eos>"
     assert len(toy.encode(response)) == toy.Settings(n=n).response_limit
+    assert toy.Settings(n=n).tiers == [k for k in range(n - 2, n + 2) if k >= 3]

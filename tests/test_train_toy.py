@@ -14,6 +14,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import NO_PHASE_1, TINY
@@ -120,7 +121,7 @@ def test_splits_are_disjoint(n):
 def test_one_in_eight_is_held_out():
     digits = "0123456789"
     every = ["".join(parts) for parts in product(digits, "+-*", digits, "+-*", digits)]
-    assert sum(map(toy.held_out, every)) / len(every) == pytest.approx(1 / 8, abs=0.02)
+    assert sum(map(toy.held_out, every)) == 1063  # of 9,000, for good: bases were trained on others
     assert not any(toy.held_out(f"{a}+{b}") for a in digits for b in digits)
     for n, count in ((2, 5), (3, 1001)):
         with pytest.raises(ValueError):
@@ -154,7 +155,8 @@ def test_pretraining_rows(skip):
             assert marked[start:end] == [False] * prompt + [True] * (end - start - prompt)
             careful.append(answer.count("=") == len(problem) // 2 - 1)
             start = end
-    assert len(careful) > 100
+    assert len(careful) > 100 and tokens.shape[1] <= 2 * (s.n + 1) + s.response_limit
+    assert len({row.index(toy.CHARACTERS.index("=")) for row in tokens.tolist()}) == s.n - 1
     assert all(careful) if skip == 0 else 0.3 < sum(careful) / len(careful) < 0.8
     assert torch.equal(tokens, toy.pretraining_batch(s, 1, "cpu", skip)[0])
     assert not torch.equal(tokens, toy.pretraining_batch(s, 2, "cpu", skip)[0])
@@ -172,15 +174,21 @@ def test_internal_loss_is_the_mean_cross_entropy_of_internal_policies(base):
 
 
 def test_evaluation_against_counting_by_hand(base):
+    """With 8 responses to each of 140 problems, more than are sampled at a time."""
     model, s = toy.load_model(base), toy.Settings(n=3)
-    found, examples = toy.evaluate(model, s, [3], 20)
-    problems = toy.evaluation_problems(toy.stream(0, "evaluation, n 3"), 3, 20)
+    found, examples = toy.evaluate(model, s, [3], 140)
+    problems = toy.evaluation_problems(toy.stream(0, "evaluation, n 3"), 3, 140)
     generator = toy.torch_stream("cpu", 0, "evaluation responses, n 3")
     texts = toy.attempts(model, s, problems, 8, generator)
     right = [[toy.is_right(p, text) for text in group] for p, group in zip(problems, texts)]
-    assert found["3"]["avg@8"] == pytest.approx(sum(map(sum, right)) / 160)
-    assert found["3"]["pass@8"] == pytest.approx(sum(map(any, right)) / 20)
-    assert found["3"]["mixed"] == pytest.approx(sum(0 < sum(r) < 8 for r in right) / 20)
+    shares, every = [sum(r) / 8 for r in right], sum(texts, [])
+    for name in ("avg@8", "pass@1"):
+        assert found["3"][name] == pytest.approx(np.mean(shares))
+    assert found["3"]["avg@8_se"] == pytest.approx(np.std(shares, ddof=1) / 140**0.5)
+    assert found["3"]["pass@8"] == pytest.approx(sum(map(any, right)) / 140)
+    assert found["3"]["mixed"] == pytest.approx(sum(0 < share < 1 for share in shares) / 140)
+    assert found["3"]["cut_off"] == sum("<eos>" not in text for text in every) / 1120
+    assert found["3"]["length"] == sum(len(toy.encode(text)) for text in every) / 1120
     assert found["3"]["right_steps"] <= found["3"]["avg@8"]
     assert examples == [[problems[i], texts[i][0]] for i in range(3)]
 
@@ -193,6 +201,9 @@ def test_log_of_a_step_against_counting_by_hand(base):
     assert log["reward"] == pytest.approx(sum(map(sum, right)) / 128)
     assert log["groups_right"] == sum(map(all, right)) / 16
     assert log["groups_wrong"] == sum(not any(group) for group in right) / 16
+    texts = toy.responses(batch)
+    assert log["length"] == pytest.approx(sum(len(toy.encode(text)) for text in texts) / 128)
+    assert log["cut_off"] == sum(not text.endswith("<eos>") for text in texts) / 128
     first = toy.Rollouts(*(x[::8] for x in batch[:3]), batch.rewards)
     mask = minibupo.response_mask(first.prompt_len, first.end, first.tokens.shape[1])
     inner = minibupo.token_logprobs(model, first.tokens, mask, target)
@@ -201,6 +212,7 @@ def test_log_of_a_step_against_counting_by_hand(base):
     assert log["layer_log_ratio"] == pytest.approx(float((inner - full)[mask].mean()), rel=1e-4)
     assert log["policy_entropy"] == pytest.approx(inside["layer_normed"][-1], rel=1e-4)
     assert log["layer_entropy"] == pytest.approx(inside["layer"][1], rel=1e-4)
+    assert inside["perplexity"] == pytest.approx(math.exp(-full[mask].mean()), rel=1e-4)
 
 
 # ---- runs ----
@@ -212,6 +224,7 @@ def test_the_files_of_a_run(finished):
     steps = toy.read_metrics(finished, "step")
     assert [r["step"] for r in steps] == list(range(1, 13))
     assert [r["phase"] for r in steps] == ["internal"] * 3 + ["policy"] * 9
+    assert all(r["layer_log_ratio"] != 0 for r in steps)  # of layer 2, in both phases
     assert [r["step"] for r in toy.read_metrics(finished, "internal")] == [0, 3, 5, 10, 12]
     assert [r["step"] for r in toy.read_metrics(finished, "eval")] == [0, 12]
     stored = json.loads((finished / "config.json").read_text())
@@ -223,9 +236,18 @@ def test_the_files_of_a_run(finished):
         assert not torch.equal(phase1[name], final[name])
 
 
-def test_another_seed_is_another_run(finished, base, tmp_path):
-    assert run(*TINY, "--base", base, "--seed", 1, "--steps", 3, "--out_dir", tmp_path / "x") == 0
-    assert toy.read_metrics(tmp_path / "x", "step")[0] != toy.read_metrics(finished, "step")[0]
+def test_another_seed_is_another_run(finished, base, tmp_path, capsys):
+    out = tmp_path / "x"
+    assert run(*TINY, "--base", base, "--seed", 1, "--steps", 3, "--out_dir", out) == 0
+    assert toy.read_metrics(out, "step")[0] != toy.read_metrics(finished, "step")[0]
+    # the table of internal entropies, without H^0
+    inside = toy.read_metrics(out, "internal")[0]
+    table = re.findall(r"^ +\d((?: +-?\d+\.\d\d){5})(.*)$", capsys.readouterr().out, re.M)
+    assert [mark for _, mark in table] == ["", "  <- target", ""]
+    for l, (row, _) in enumerate(table, 1):
+        changes = [inside[name][l - 1] for name in ("d_attn", "d_mlp", "d_layer")]
+        values = [inside["layer"][l], inside["layer_normed"][l], *changes]
+        assert [float(x) for x in row.split()] == pytest.approx(values, abs=0.006)
 
 
 def test_learning_rate_is_constant_and_then_falls_as_1_over_step(base, tmp_path, monkeypatch):
@@ -238,6 +260,8 @@ def test_learning_rate_is_constant_and_then_falls_as_1_over_step(base, tmp_path,
     monkeypatch.setattr(minibupo, "update", update)
     assert run(*TINY, "--base", base, "--steps", 40, "--out_dir", tmp_path / "rates") == 0
     assert rates == pytest.approx([5e-4] * 30 + [5e-4 * 30 / step for step in range(31, 41)])
+    evals = toy.read_metrics(tmp_path / "rates", "eval")
+    assert [(r["step"], r["problems"]) for r in evals] == [(0, 16), (30, 4), (40, 16)]
 
 
 def test_grpo_is_bupo_without_phase_1_and_meets_the_same_problems(finished, base, tmp_path):
@@ -332,6 +356,7 @@ IMPOSSIBLE = """--steps 3 --s_inter 4, --layer 0, --layer 6, --site attn_out, --
 --lr nan
 --layer auto --site attn_out, --algo grpo --layer 2, --s_inter 0 --site mlp_out, --skip 1.5, --n 2
 --algo grpo --s_inter 3, --seed 4294967296, --seed -1, --d_model 63, --base nowhere.pt, --base .
+--questions 3, --n 13, --n_layer 1, --internal_loss -1
 --eval_problems 1001, --threads 0, --resume --out_dir nowhere, --device cud, --resume --steps 3"""
 
 
@@ -366,7 +391,9 @@ def test_devices(tmp_path, capsys):
 def test_what_is_refused_changes_nothing(finished, base, tmp_path, capsys):
     before = files(finished)
     other_size = [*TINY, "--d_model", 48, "--base", base, "--out_dir", tmp_path / "x"]
+    toy.save_checkpoint(tmp_path / "17.pt", toy.GPT(toy.GPTConfig(17, 256, 3, 32, n_head=2)))
     for argv, says in (
+        ([*TINY, "--base", tmp_path / "17.pt", "--out_dir", tmp_path / "x"], "OPERATORS"),
         ([*TINY, "--base", base, "--out_dir", finished], "not empty"),
         (["--resume", "--out_dir", finished, "--seed", 3], "--seed 3"),
         (["--resume", "--out_dir", finished, "--steps", 5], "step 12"),
@@ -391,6 +418,8 @@ def test_spoiled_files_are_refused_in_a_sentence(copied, capsys, name):
     path, is_json = copied / name, name == "config.json"
     content = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
     spoiled = [*each_spoiled(content), b"", b"rubbish", b"{}", None]
+    if not is_json:
+        spoiled.append(content | {"more": Path("a")})  # what only an unsafe load would read
     if name == "ckpt.pt":
         moments = content["optimizer"][0] | {"exp_avg": torch.zeros(3)}  # would end the interpreter
         misfits = dict(step=-1, target=[4, "resid_post"], records=7, format=1)
