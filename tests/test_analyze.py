@@ -233,7 +233,10 @@ def test_lens_cells_are_the_policies():
 def test_lens_takes_any_token(copied, tmp_path):
     """Dollar signs are text and no formulas, and nothing of the data can end the page's script."""
     of, args = subject(copied), analyze.parse_arguments(["lens", str(copied), PROMPT])
-    of.folder = tmp_path
+    of.folder, model = tmp_path, of.load("base")
+    tokens, mask = analyze.looked_at(of, model, args)  # the greedy answer, up to EOS
+    assert torch.equal(model(tokens[:, :-1]).argmax(-1)[mask], tokens[:, 1:][mask])
+    assert toy.EOS not in tokens[0, :-1]
     of.decode = lambda ids: ["$a_{$", "</script>", "$$", "\n", " x", "extraordinarily"][ids[0] % 6]
     analyze.lens(of, args)
     page = (tmp_path / "lens.html").read_text()
@@ -303,6 +306,15 @@ def test_everything_of_a_run(copied):
     expected = {"lens", "dynamics", "refinement", *figures, *(f"final/{f}" for f in figures)}
     texts = {"entropy.json", "final/entropy.json", "lens.html", "step.txt"}
     assert made == {f"{name}.png" for name in expected} | texts
+    for name, *argv in (  # the lens is of the trained model, the step of the base
+        ("final/entropy.json", "entropy", "--checkpoint", "final"),
+        ("lens.html", "lens"),
+        ("step.txt", "step"),
+    ):
+        path = copied / "figures" / name
+        by_all = path.read_text()
+        path.unlink()
+        assert run(argv[0], copied, *argv[1:]) == 0 and path.read_text() == by_all
 
 
 def test_training_curves_are_those_logged(finished):

@@ -434,7 +434,8 @@ def test_pass_at_k_against_enumeration():
             assert minibupo.pass_at_k(n, range(n + 1), k).tolist() == pytest.approx(expected)
     exact = 1 - math.comb(250, 206) / math.comb(300, 206)
     assert float(minibupo.pass_at_k(300, 50, 206)) == pytest.approx(exact, abs=1e-12)
-    assert minibupo.pass_at_k(4, np.zeros(0, int), 2).shape == (0,)
+    assert minibupo.pass_at_k(4, [], 2).shape == (0,)
+    assert minibupo.pass_at_k(4, np.array([1.0, 4.0]), 2).tolist() == [0.5, 1.0]
 
 
 # ---- bad input ----

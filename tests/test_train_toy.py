@@ -237,8 +237,9 @@ def test_the_files_of_a_run(finished):
 
 
 def test_another_seed_is_another_run(finished, base, tmp_path, capsys):
-    out = tmp_path / "x"
-    assert run(*TINY, "--base", base, "--seed", 1, "--steps", 3, "--out_dir", out) == 0
+    out, options = tmp_path / "x", ["--seed", 1, "--steps", 3, "--device", "auto"]
+    assert run(*TINY, "--base", base, *options, "--out_dir", out) == 0
+    assert toy.read_settings(out).device in ("cpu", "cuda")  # what auto was
     assert toy.read_metrics(out, "step")[0] != toy.read_metrics(finished, "step")[0]
     # the table of internal entropies, without H^0
     inside = toy.read_metrics(out, "internal")[0]
@@ -377,6 +378,8 @@ def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
             run(*argv.split())
     printed = capsys.readouterr().out
     assert all(f"--{f.name}" in printed for f in toy.fields(toy.Settings))
+    s, _ = toy.parse_options("--preset smoke --algo grpo".split())
+    assert (s.s_inter, s.n_layer) == (0, 4)
 
 
 def test_devices(tmp_path, capsys):
@@ -463,6 +466,9 @@ def test_where_the_rule_names_no_layer_the_command_that_goes_on_is_said(
     assert run(*options, "--base", base, "--out_dir", tmp_path / "out") == 2
     argv = one_sentence(capsys).split("python train_toy.py")[1].replace("N", "2").split()
     assert run(*options, *argv, "--out_dir", tmp_path / "next") == 0
+    for layer, expected in (1, 1), (None, 2):  # as asked, or by the rule: either has the site
+        s = toy.Settings(layer=layer, site="mlp_out")
+        assert toy.pick_target(s, [0.1, 0.2, -0.1], base) == minibupo.Policy(expected, "mlp_out")
 
 
 def test_everything_without_a_network(base, tmp_path):
