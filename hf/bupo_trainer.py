@@ -122,7 +122,7 @@ class BuPOTrainer(GRPOTrainer):
         unembed, batch, changes = lm.get_output_embeddings(), batch_size or len(input_ids), []
         # About 64 positions are unembedded at a time; in as many pieces on every rank, since ZeRO-3
         # gathers the unembedding for each.
-        pieces = 1 + batch * keep // 64
+        pieces = 1 + batch * self.max_completion_length // 64
 
         def add(trace):  # of one layer, for the rows that run, whose response is mask
             read, wrote = (h[:, -keep - 1 : -1][mask] for h in (trace.mlp_in, trace.mlp_out))
