@@ -47,13 +47,14 @@ def arithmetic(digits: int, operations: str):
     A prompt is worked examples and a question, "3+4=7\\n2*4=8\\n6+5=": a base model does not know
     otherwise what it is asked. Raises ValueError for other operations, or digits not in 1..3.
     """
-    known = sum(op in WORKED for op in set(operations))
-    if not 0 < known == len(operations) or digits not in (1, 2, 3):
+    known = operations and set(operations) <= set(WORKED)
+    each_once = len(set(operations)) == len(operations)  # else held-out problems would be trained
+    if not known or not each_once or digits not in (1, 2, 3):
         raise ValueError(
             f"operations must be some of {' '.join(WORKED)} and digits 1, 2 or 3, not "
             f"{operations!r} and {digits}"
         )
-    examples = "".join(WORKED[op][min(digits, 2) - 1] + "\n" for op in operations)
+    examples = "".join(WORKED[op][0 if digits == 1 else 1] + "\n" for op in operations)
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
     every = torch.cartesian_prod(
         torch.arange(len(operations)), torch.arange(low, high), torch.arange(low, high)
