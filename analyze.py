@@ -81,8 +81,8 @@ def read_run(path: Path, chosen="base", device="auto") -> Subject:
 
 
 def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
-    """A language model by hf/adapter.py. Raises ValueError or ImportError if it cannot be read."""
-    from hf.adapter import encode_chat, load
+    """A language model by minibupo_hf/adapter.py. Raises ValueError or ImportError if it cannot be read."""
+    from minibupo_hf.adapter import encode_chat, load
 
     model, tokenizer = load(source, dtype, toy.pick_device(device))
     name = Path(source).name.removesuffix(".gguf")
@@ -237,7 +237,7 @@ def lens(subject: Subject, args):
     data["logV"] = math.log(model.vocab_size)
     # "<" as an escape, so that no token can end the script that the data stands in
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = (Path(__file__).parent / "lens.html").read_text(encoding="utf-8")
+    page = (Path(__file__).parent / "minibupo_pages" / "lens.html").read_text(encoding="utf-8")
     save(subject.folder / "lens.html", page.replace("DATA", text))
     save(subject.folder / "lens.png", draw_lens(cells[subject.chosen]["raw"], said, data["logV"]))
 

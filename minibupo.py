@@ -12,7 +12,7 @@ model (phase 2, GRPO).
     5  BuPO                          Eq. 11, 15, 16  Algorithm 1: bupo; one step of it: update
     6  measures                      Eq. 8, 9, 13    look_inside, pass_at_k
 
-What this file and analyze.py need of a model, as model.GPT and hf/adapter.py have it:
+What this file and analyze.py need of a model, as model.GPT and minibupo_hf/adapter.py have it:
 
     model(tokens)                  logits (B, T, V) of pi_theta: unembed(final_norm(H^L))
     model.residual(tokens, layer)  H^layer (B, T, d) from `layer` blocks; H^0 is the embedding

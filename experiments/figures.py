@@ -104,7 +104,7 @@ def scatter(points: list[tuple]):
 
 
 def training(pairs: list[dict]):
-    """Language models in training by hf/train.py: held-out reward, mean over seeds with their
+    """Language models in training by minibupo_hf/train.py: held-out reward, mean over seeds with their
     spread; phase 1, eight optimizer steps, ends at the dotted line."""
     figure, panels = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained", sharey=True)
     for ax, (model, name) in zip(panels, LANGUAGE_MODELS.items()):

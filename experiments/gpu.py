@@ -13,7 +13,7 @@
     analyze    every command of analyze.py, on the run of `main`
     trl        a step beside one of TRL's GRPOTrainer (needs the extra `bench`)
     bfloat16   a step of the larger setting under autocast, rescoring included
-    language   hf/train.py on SmolLM2 and Qwen, where language_models.py has fetched them before
+    language   minibupo_hf/train.py on SmolLM2 and Qwen, where language_models.py has fetched them before
     train      the larger setting from nothing to its final table, with figures beside --json
 
 Parts are in order of worth. None starts once --minutes are over; one that fails does not stop the

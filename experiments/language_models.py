@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf.adapter import encode_text, load, load_lm  # noqa: E402
+from minibupo_hf.adapter import encode_text, load, load_lm  # noqa: E402
 from minibupo import (  # noqa: E402
     FULL,
     Policy,

@@ -1,7 +1,7 @@
 """Phase 1 on real language models: does its gradient agree with GRPO's, and what does it cost?
 
     python experiments/lm_study.py cosines smollm2      # or qwen: every layer, four batches
-    python experiments/lm_study.py pairs smollm2        # or qwen: training by hf/train.py, in pairs
+    python experiments/lm_study.py pairs smollm2        # or qwen: training by minibupo_hf/train.py, in pairs
 
 What has a line of results is not run again. On two cores SmolLM2's cosines take a quarter of an
 hour and its pairs two and a half; Qwen's would take an hour and half a day. Qwen's lines, and those
@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 from experiments.language_models import fetch  # noqa: E402
 from experiments.seeds import less_control, machine, run_missing, save_report  # noqa: E402
 from experiments.study import interval  # noqa: E402
-from hf.adapter import encode_text, load  # noqa: E402
-from hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
+from minibupo_hf.adapter import encode_text, load  # noqa: E402
+from minibupo_hf.train import arithmetic, make_trainer, right_answer  # noqa: E402
 from minibupo import Policy, Rollouts, group_advantages, response_mask, token_logprobs  # noqa: E402
 from train_toy import pick_device  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
-TASKS = {  # digits and operations of hf.train's arithmetic, longest response, questions a batch
+TASKS = {  # digits and operations of minibupo_hf.train's arithmetic, longest response, questions a batch
     "smollm2": dict(digits=1, operations="+*", longest=4, questions=16),
     "qwen": dict(digits=2, operations="+", longest=5, questions=12),
 }
@@ -136,7 +136,7 @@ def arms(name: str) -> dict:
 
 
 def train(name: str, arm: str, seed: int) -> dict:
-    """One run of hf/train.py; its line of results: the reward of each optimizer step, held-out
+    """One run of minibupo_hf/train.py; its line of results: the reward of each optimizer step, held-out
     rewards, seconds a step."""
     from transformers import TrainerCallback
 

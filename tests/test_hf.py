@@ -1,4 +1,4 @@
-"""hf/: HFModel against transformers, BuPOTrainer against minibupo.policy_loss.
+"""minibupo_hf/: HFModel against transformers, BuPOTrainer against minibupo.policy_loss.
 
 All models are tiny and random. Nothing is downloaded.
 """
@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 import minibupo as m
 from experiments import language_models, trl_peer
-from hf.adapter import HFModel, encode_chat, encode_text, load, truncated
-from hf.bupo_trainer import BuPOConfig, BuPOTrainer
+from minibupo_hf.adapter import HFModel, encode_chat, encode_text, load, truncated
+from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
 
 SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)

@@ -1,4 +1,4 @@
-"""hf/train.py: the command line, in one process and in two, and what it says about bad input.
+"""minibupo_hf/train.py: the command line, in one process and in two, and what it says about bad input.
 
 Models are those of test_hf.py.
 """
@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import hf.train
-from hf.adapter import load, truncated
-from hf.bupo_trainer import BuPOTrainer
+import minibupo_hf.train
+from minibupo_hf.adapter import load, truncated
+from minibupo_hf.bupo_trainer import BuPOTrainer
 from tests.test_hf import OPTIONS, TIED, TOKENS, build, differ, even, logged, save, weights
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_command_line(directory, tmp_path):
     options |= dict(save_strategy="steps", save_steps=2)
     saved, logs = dict(resume_from_checkpoint=tmp_path / "checkpoint-2"), []
     for more in dict(max_steps=2), saved:
-        assert hf.train.main(arguments(directory, tmp_path, **options, **more)) == 0
+        assert minibupo_hf.train.main(arguments(directory, tmp_path, **options, **more)) == 0
         logs.append(json.loads((tmp_path / "trainer_state.json").read_text())["log_history"])
     log = logs[1]
     assert log[0] == logs[0][0]  # with its time, which no second run would take
@@ -67,12 +67,12 @@ def test_command_line_with_a_data_set_and_adapters(directory, tmp_path):
         (tmp_path / f"{split}.json").write_text((json.dumps(row) + "\n") * 8)
     options = dict(dataset_name=tmp_path, dtype="bfloat16", use_peft=True, bupo_steps=4)
     options |= dict(eval_strategy="steps", eval_steps=9)
-    trainer, _ = hf.train.make_trainer(arguments(directory, tmp_path, **options))
+    trainer, _ = minibupo_hf.train.make_trainer(arguments(directory, tmp_path, **options))
     assert trainer.eval_dataset["prompt"][0] == "2+0="
     assert trainer.reward_func_names == ["right_mathematics"]
     texts = [r"\boxed{2}", r"\boxed{3}"]
     for completions in texts, [[{"role": "assistant", "content": text}] for text in texts]:
-        assert hf.train.right_mathematics(completions, solution=["$2$"] * 2) == [1, 0]
+        assert minibupo_hf.train.right_mathematics(completions, solution=["$2$"] * 2) == [1, 0]
     assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
     trainer.reward_funcs = [even]  # a random model earns nothing else
     before = weights(trainer)
@@ -106,8 +106,8 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
 
     def said(**options):
         capsys.readouterr()
-        assert hf.train.main(arguments(directory, tmp_path, **options)) == 2
-        return capsys.readouterr().err.splitlines()[-1].removeprefix("hf.train: ")
+        assert minibupo_hf.train.main(arguments(directory, tmp_path, **options)) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("minibupo_hf.train: ")
 
     for options, says in [
         (dict(bupo_steps=-1), "bupo_steps must be 0 or more, not -1"),
@@ -138,39 +138,39 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(dataset_name=tmp_path / "b"), "has no column 'prompt', only problem"),
     ]:
         assert says in said(**options)
-    monkeypatch.setattr(hf.train, "BuPOTrainer", OnDeepSpeed)
+    monkeypatch.setattr(minibupo_hf.train, "BuPOTrainer", OnDeepSpeed)
     assert "set weight_decay 0" in said()
-    hf.train.make_trainer(arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0))  # unchecked
+    minibupo_hf.train.make_trainer(arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0))  # unchecked
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert 'pip install -e ".[hf]"' in said()
-    code = "import trl; trl.__version__ = '1.15.3'; import hf.train"
+    code = "import trl; trl.__version__ = '1.15.3'; import minibupo_hf.train"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.stderr.startswith('hf.train needs pip install -e ".[hf]"') and "1.15.3" in run.stderr
+    assert run.stderr.startswith('minibupo_hf.train needs pip install -e ".[hf]"') and "1.15.3" in run.stderr
 
 
 def test_what_is_set_by_default(directory, tmp_path, monkeypatch):
-    tokenizer = hf.train.load_lm(directory)[1]
-    monkeypatch.setattr(hf.train, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
+    tokenizer = minibupo_hf.train.load_lm(directory)[1]
+    monkeypatch.setattr(minibupo_hf.train, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
     options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
     options |= dict.fromkeys(("bf16", "gradient_checkpointing", "use_cpu"))
-    trainer, config = hf.train.make_trainer(arguments("a.gguf", tmp_path, **options))
+    trainer, config = minibupo_hf.train.make_trainer(arguments("a.gguf", tmp_path, **options))
     assert len(trainer.eval_dataset) == 8 and trainer.processing_class is tokenizer
     gpu = torch.accelerator.is_available()
     assert (config.bf16, config.gradient_checkpointing, config.use_cpu) == (gpu, gpu, not gpu)
 
 
 def test_arithmetic_holds_problems_out():
-    train, held_out = hf.train.arithmetic(1, "+-*")
-    assert list(held_out) == list(hf.train.arithmetic(1, "+-*")[1])  # also in another run
-    assert sum(map(len, hf.train.arithmetic(3, "+"))) <= 20_000
+    train, held_out = minibupo_hf.train.arithmetic(1, "+-*")
+    assert list(held_out) == list(minibupo_hf.train.arithmetic(1, "+-*")[1])  # also in another run
+    assert sum(map(len, minibupo_hf.train.arithmetic(3, "+"))) <= 20_000
     assert len(train) + len(held_out) == 297 and len(held_out) == 59  # less the worked examples
     assert not set(train["prompt"]) & set(held_out["prompt"])
     for row in [*train, *held_out]:
         question = row["prompt"].split("\n")[-1]
         assert row["prompt"] == f"3+4=7\n7-4=3\n2*4=8\n{question}"
         assert row["answer"] == str(eval(question[:-1]))
-    assert hf.train.right_answer(["7\n3", " 7", "77", ""], ["7"] * 4) == [1, 1, 0, 0]
-    assert all(len(p) == 15 for p in hf.train.arithmetic(2, "-")[1]["prompt"][:99])
+    assert minibupo_hf.train.right_answer(["7\n3", " 7", "77", ""], ["7"] * 4) == [1, 1, 0, 0]
+    assert all(len(p) == 15 for p in minibupo_hf.train.arithmetic(2, "-")[1]["prompt"][:99])
 
 
 FSDP2 = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
@@ -197,7 +197,7 @@ def one_of_two(argv):
         shard_on_a_cpu()
     else:
         truncated_and_sharded_is_truncated()
-    trainer, _ = hf.train.make_trainer(argv)
+    trainer, _ = minibupo_hf.train.make_trainer(argv)
     trainer.reward_funcs = [even]
     before = weights(trainer)
     trainer.train()

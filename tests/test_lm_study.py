@@ -11,7 +11,7 @@ pytest.importorskip("scipy", reason="needs the extra bench")
 import transformers  # noqa: E402
 
 from experiments import lm_study  # noqa: E402
-from hf.adapter import HFModel  # noqa: E402
+from minibupo_hf.adapter import HFModel  # noqa: E402
 
 
 @pytest.mark.parametrize("layer", [None, 2])

@@ -74,7 +74,7 @@ def test_our_block_is_qwen3():
     """A random Qwen3 of transformers and GPT with its weights: stream, writes, logits to 1e-5."""
     pytest.importorskip("trl", reason="the extra `hf` is not installed")
     from experiments import trl_peer
-    from hf.adapter import HFModel
+    from minibupo_hf.adapter import HFModel
 
     sizes = dict(vocab_size=16, head_dim=12, norm_eps=1e-3, rope_theta=500.0)
     qwen3, ours = trl_peer.to_qwen3(tiny(**sizes)), tiny(seed=1, **sizes)

@@ -1,9 +1,9 @@
 """Train a language model by BuPO, with TRL's own command line.
 
-    python -m hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 20 --bupo_steps 4 \
+    python -m minibupo_hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 20 --bupo_steps 4 \
         --output_dir out/qwen --max_steps 20 --num_generations 8 --max_completion_length 4
 
-Also under `accelerate launch -m hf.train` and `torchrun -m hf.train`. Options of GRPOConfig and
+Also under `accelerate launch -m minibupo_hf.train` and `torchrun -m minibupo_hf.train`. Options of GRPOConfig and
 ModelConfig (but 4 and 8 bits) are options here, too. Without --dataset_name the task is arithmetic,
 which needs no download: answers can be verified, and every fifth problem is held out to evaluate.
 """
@@ -20,10 +20,10 @@ try:
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
     from trl.rewards import accuracy_reward
 
-    from hf.adapter import load_lm
-    from hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
+    from minibupo_hf.adapter import load_lm
+    from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
 except ImportError as error:
-    sys.exit(f'hf.train needs pip install -e ".[hf]": {error}')
+    sys.exit(f'minibupo_hf.train needs pip install -e ".[hf]": {error}')
 
 
 @dataclass
@@ -118,7 +118,7 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
     if model.load_in_4bit or model.load_in_8bit or task.dataset_streaming:
-        raise ValueError("load_in_4bit, load_in_8bit and dataset_streaming are not for hf.train")
+        raise ValueError("load_in_4bit, load_in_8bit and dataset_streaming are not for minibupo_hf.train")
     if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
         raise ValueError("beta needs a reference model, which TRL cannot read from a .gguf file")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
@@ -145,12 +145,12 @@ def main(argv=None) -> int:
     try:
         trainer, config = make_trainer(argv)
     except (ValueError, ImportError) as error:
-        print(f"hf.train: {error}", file=sys.stderr)
+        print(f"minibupo_hf.train: {error}", file=sys.stderr)
         return 2
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except NoLayerError as error:
-        print(f"hf.train: {error}", file=sys.stderr)
+        print(f"minibupo_hf.train: {error}", file=sys.stderr)
         return 2
     trainer.save_model()
     trainer.save_state()  # trainer_state.json, with the reward curve
