@@ -17,7 +17,9 @@ from minibupo_hf.adapter import HFModel, find_parts, truncated, watching
 from minibupo import entropy, target_layer
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
-    raise ImportError(f'minibupo_hf/ needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"')
+    raise ImportError(
+        f'minibupo_hf/ needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"'
+    )
 
 
 class NoLayerError(ValueError):

@@ -118,7 +118,9 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
     if model.load_in_4bit or model.load_in_8bit or task.dataset_streaming:
-        raise ValueError("load_in_4bit, load_in_8bit and dataset_streaming are not for minibupo_hf.train")
+        raise ValueError(
+            "load_in_4bit, load_in_8bit and dataset_streaming are not for minibupo_hf.train"
+        )
     if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
         raise ValueError("beta needs a reference model, which TRL cannot read from a .gguf file")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")

@@ -140,12 +140,17 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         assert says in said(**options)
     monkeypatch.setattr(minibupo_hf.train, "BuPOTrainer", OnDeepSpeed)
     assert "set weight_decay 0" in said()
-    minibupo_hf.train.make_trainer(arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0))  # unchecked
+    minibupo_hf.train.make_trainer(
+        arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0)
+    )  # unchecked
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert 'pip install -e ".[hf]"' in said()
     code = "import trl; trl.__version__ = '1.15.3'; import minibupo_hf.train"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.stderr.startswith('minibupo_hf.train needs pip install -e ".[hf]"') and "1.15.3" in run.stderr
+    assert (
+        run.stderr.startswith('minibupo_hf.train needs pip install -e ".[hf]"')
+        and "1.15.3" in run.stderr
+    )
 
 
 def test_what_is_set_by_default(directory, tmp_path, monkeypatch):

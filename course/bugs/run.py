@@ -74,7 +74,16 @@ def broken_copy(bug: Bug | None, parent: str) -> Path:
     """A copy of the repository with this bug, or without any. Raises ValueError if the patch does
     not apply."""
     copy = Path(parent) / "copy"
-    unwanted = (".git", ".venv", "out", "minibupo_hf", "results", "figures", "__pycache__", "*.ipynb")
+    unwanted = (
+        ".git",
+        ".venv",
+        "out",
+        "minibupo_hf",
+        "results",
+        "figures",
+        "__pycache__",
+        "*.ipynb",
+    )
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*unwanted))
     if bug:
         text = (copy / bug.file).read_text(encoding="utf-8")
