@@ -92,11 +92,18 @@ def test_contract(family):
         alone = lm.generate(prompt, max_new_tokens=6, do_sample=False, **given)
         assert torch.equal(many.tokens[2 * i + 1, : n + 6], alone[0])
 
-    # A truncated model has the same weights, and says what its policy says.
-    short, h = model.truncated(2), model.residual(TOKENS, 2)
-    assert {id(p) for p in short.parameters()} <= {id(p) for p in model.parameters()}
+    # A truncated model has the same weights, of which it uses all, and says what its policy says.
+    short = model.truncated(2)
+    h = model.residual(TOKENS, 2)
+    with torch.enable_grad():
+        short(TOKENS).square().sum().backward()
+    used = {id(p) for p in model.parameters() if p.grad is not None}
+    assert {id(p) for p in short.parameters()} == used < {id(p) for p in model.parameters()}
     assert torch.equal(short(TOKENS), model.unembed(h)) and torch.equal(short.final_norm(h), h)
     assert len(list(short.trace(TOKENS))) == short.n_layer == 2
+    below = short.truncated(1)
+    assert torch.equal(below(TOKENS), model.unembed(model.residual(TOKENS, 1)))
+    assert len(list(below.blocks)) == 1 and len(short.blocks) == 2 and len(model.blocks) == 3
     said = short.generate(TOKENS[:, :5], 6, temperature=0).tokens
     assert torch.equal(said[:, 5:], m.policy_logits(model, said, m.Policy(2))[:, 4:-1].argmax(-1))
     assert sum(len(module._forward_hooks) for module in lm.modules()) == hooks
@@ -107,6 +114,8 @@ def test_what_cannot_be_is_refused_in_a_sentence():
     doubled.model.layers[1].register_forward_hook(lambda *args: 2 * args[-1])
     coarse = build("GPTNeoX").bfloat16()
     coarse.gpt_neox.embed_in.weight.data[:, 0] = 3000.0  # hides no wrong sum in the others
+    placed = HFModel(build())
+    placed.decoder.forward = placed.decoder.forward  # as accelerate replaces it
     with truncated(model.lm, 1), pytest.raises(ValueError, match="no list of 3 blocks"):
         HFModel(model.lm)
     for call, says in [
@@ -127,6 +136,7 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         (lambda: model.residual(TOKENS, 1.5), "not 1.5"),
         (lambda: next(model.trace(outside)), "token id 37"),
         (lambda: model(TOKENS.repeat(1, 6)), "context_length = 64"),
+        (lambda: placed.truncated(1), "a model with a device_map cannot be truncated"),
     ]:
         with pytest.raises(ValueError, match=says):
             HFModel(call())
@@ -280,9 +290,9 @@ def test_trainer_is_minibupo(tmp_path, family, tied, options):
     assert max(logged(trainer, ratio)[1:4]) > 0  # other weights than at the rollouts
 
     batch = rows_of(*inputs[: trainer.args.steps_per_generation])
-    d_mlp = m.look_inside(HFModel(copied), *batch)["d_mlp"].mean(1)
-    assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
-    assert [trainer.layer] == [m.target_layer(d_mlp)] == logged(trainer, "bupo/layer")
+    dH_mlp = m.look_inside(HFModel(copied), *batch)["dH_mlp"].mean(1)
+    assert logged(trainer, "bupo/dH_mlp") == [pytest.approx(dH_mlp.tolist(), rel=1e-4, abs=1e-4)]
+    assert [trainer.layer] == [m.target_layer(dH_mlp)] == logged(trainer, "bupo/layer")
     assert all("step" in entry for entry in trainer.state.log_history)
 
     # What is above the layer stays in phase 1, under weight decay.

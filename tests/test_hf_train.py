@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import minibupo_hf.bupo_trainer
 import minibupo_hf.train
 from minibupo_hf.adapter import load, truncated
 from minibupo_hf.bupo_trainer import BuPOTrainer
@@ -122,9 +123,9 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(model_name_or_path=tmp_path / "cut.gguf", beta=0.1), "beta needs a reference model"),
         (dict(model_name_or_path=tmp_path / "cut"), "transformers cannot read"),
         (dict(attn_implementation="none"), "transformers cannot read"),
-        (dict(load_in_4bit=True), "load_in_4bit, load_in_8bit and dataset_streaming are not for"),
+        (dict(load_in_4bit=True), "load_in_4bit and load_in_8bit are not for"),
         (dict(model_name_or_path=tmp_path / "part"), "no weights for model.layers.1.mlp.up_proj"),
-        (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be laid open"),
+        (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be opened"),
         (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),
         (dict(operations="/"), "operations must be some of + - *"),
         (dict(operations=""), "operations must be some of + - *"),
@@ -138,24 +139,32 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(dataset_name=tmp_path / "b"), "has no column 'prompt', only problem"),
     ]:
         assert says in said(**options)
-    monkeypatch.setattr(minibupo_hf.train, "BuPOTrainer", OnDeepSpeed)
+    monkeypatch.setattr(minibupo_hf.bupo_trainer, "BuPOTrainer", OnDeepSpeed)
     assert "set weight_decay 0" in said()
-    minibupo_hf.train.make_trainer(
-        arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0)
-    )  # unchecked
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert 'pip install -e ".[hf]"' in said()
-    code = "import trl; trl.__version__ = '1.15.3'; import minibupo_hf.train"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (
-        run.stderr.startswith('minibupo_hf.train needs pip install -e ".[hf]"')
-        and "1.15.3" in run.stderr
-    )
+    # the model itself is not checked there
+    words = arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0)
+    minibupo_hf.train.make_trainer(words)
+
+
+def test_missing_packages_are_one_sentence(tmp_path, capsys, monkeypatch):
+    trainer = "minibupo_hf.bupo_trainer"
+    for change, says in [
+        (lambda: monkeypatch.setitem(sys.modules, "gguf", None), "gguf"),
+        (lambda: monkeypatch.setattr("trl.__version__", "1.15.3"), "needs trl>=1.16,<2, not 1.15"),
+        (lambda: monkeypatch.setitem(sys.modules, "trl", None), "trl"),
+    ]:
+        change()
+        if "gguf" not in says:  # imported again, as when the program starts
+            monkeypatch.delitem(sys.modules, trainer, raising=False)
+        assert minibupo_hf.train.main(arguments(tmp_path / "cut.gguf", tmp_path)) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("minibupo_hf.train: ") and 'pip install -e ".[hf]"' in said
+        assert says in said
 
 
 def test_what_is_set_by_default(directory, tmp_path, monkeypatch):
-    tokenizer = minibupo_hf.train.load_lm(directory)[1]
-    monkeypatch.setattr(minibupo_hf.train, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
+    tokenizer = load(directory)[1]
+    monkeypatch.setattr(minibupo_hf.adapter, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
     options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
     options |= dict.fromkeys(("bf16", "gradient_checkpointing", "use_cpu"))
     trainer, config = minibupo_hf.train.make_trainer(arguments("a.gguf", tmp_path, **options))
@@ -208,11 +217,11 @@ def one_of_two(argv):
     trainer.train()
     assert {isinstance(p, DTensor) for p in trainer.model.parameters()} == {sharded}
     both = [None, None]
-    ours = (trainer.layer, logged(trainer, "bupo/d_mlp"), weights(trainer))
+    ours = (trainer.layer, logged(trainer, "bupo/dH_mlp"), weights(trainer))
     torch.distributed.all_gather_object(both, ours)
-    (layer, d_mlp, after), other = both
+    (layer, dH_mlp, after), other = both
     assert trainer.accelerator.num_processes == 2
-    assert 1 <= layer < 3 and other[:2] == (layer, d_mlp)
+    assert 1 <= layer < 3 and other[:2] == (layer, dH_mlp)
     assert not differ(after, other[2]) and differ(before, after) == before.keys()
     trainer.save_model()
     torch.distributed.barrier()  # neither leaves while the other may still need it
