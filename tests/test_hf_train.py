@@ -1,4 +1,4 @@
-"""minibupo_hf/train.py: the command line, in one process and in two, and what it says about bad input.
+"""minibupo_hf/train.py: the command line, in one process and in two, and its error messages.
 
 Models are those of test_hf.py.
 """
@@ -45,15 +45,16 @@ def arguments(directory, out, **options):
 
 
 def test_command_line(directory, tmp_path):
-    """A run that is stopped and resumed."""
+    """A run that is stopped and resumed has one log."""
     options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8, beta=0.1)
     options |= dict(save_strategy="steps", save_steps=2)
-    saved, logs = dict(resume_from_checkpoint=tmp_path / "checkpoint-2"), []
+    saved = dict(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    logs = []
     for more in dict(max_steps=2), saved:
         assert minibupo_hf.train.main(arguments(directory, tmp_path, **options, **more)) == 0
         logs.append(json.loads((tmp_path / "trainer_state.json").read_text())["log_history"])
     log = logs[1]
-    assert log[0] == logs[0][0]  # with its time, which no second run would take
+    assert log[0] == logs[0][0]  # also its time, so it is the same entry
     assert [entry["bupo/phase"] for entry in log if "bupo/phase" in entry] == [1, 2, 2, 2]
     assert [entry["step"] for entry in log if "eval_reward" in entry] == [2, 4]
     kl = [entry["kl"] for entry in log if "kl" in entry]
@@ -90,16 +91,17 @@ class OnDeepSpeed(BuPOTrainer):
 
 
 def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
-    """It says what is wrong, and the remedy where that is not the same."""
+    """The sentence says what is wrong, and the remedy if that does not follow from it."""
     data = {"a/train": "prompt", "b/train": "problem", "c/train": "prompt", "c/test": "problem"}
     for file, column in data.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / f"{file}.json").write_text(json.dumps({column: "1+1="}))
     (tmp_path / "base.pt").write_bytes(b"PK")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF")
-    narrow, part = build(**TIED), build(**TIED)
+    narrow = build(**TIED)
+    part = build(**TIED)
     for layer in narrow.model.layers:
-        layer.mlp.down_proj.weight.data *= 100  # loud writes: every FFN narrows
+        layer.mlp.down_proj.weight.data *= 100  # large writes: every FFN lowers entropy
     del part.model.layers[1].mlp.up_proj
     for name, lm in dict(narrow=narrow, part=part, parallel=build("GPTNeoX")).items():
         save(tmp_path / name, lm)
@@ -231,7 +233,8 @@ def one_of_two(argv):
 def truncated_and_sharded_is_truncated():
     """FSDP2 (`fully_shard`) does what one process does, also where layers have no gradient."""
     torch.distributed.init_process_group("gloo")
-    alone, sharded = build(**TIED), build(**TIED)
+    alone = build(**TIED)
+    sharded = build(**TIED)
     mesh = init_device_mesh("cpu", (2,))  # by itself it may choose a GPU that is not to be seen
     for module in (*sharded.model.layers, sharded):
         fully_shard(module, mesh=mesh)
