@@ -9,6 +9,7 @@ whole model by numbers when it is made. So an untried model comes out exact, or 
 """
 
 import copy
+import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -291,7 +292,11 @@ def load(source, dtype: str = "float32", device="cpu"):
 
 
 def load_lm(source, dtype: str = "float32", revision="main", **options):
-    """(transformers' model, tokenizer), not yet checked; `options` are AutoModelForCausalLM's."""
+    """(transformers' model, tokenizer), not yet opened; `options` are AutoModelForCausalLM's.
+
+    Raises ImportError without the extra `hf`, and ValueError for what cannot be read, or would be
+    read as another model.
+    """
     path = Path(source)
     try:
         import transformers
@@ -303,7 +308,6 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
     file = {"revision": revision}
     try:
         if path.suffix == ".gguf":
-            _check_gguf(path)
             source = str(path.parent)
             file["gguf_file"] = path.name
         elif path.is_file():
@@ -311,13 +315,18 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
+        if path.suffix == ".gguf":
+            _check_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"transformers cannot read {path}: {reason}") from error
-    if report["missing_keys"]:
-        name = sorted(report["missing_keys"])[0]
-        raise ValueError(f"{path} has no weights for {name}, which would be random")
-    if "gguf_file" in file:
+    for keys, problem in [
+        ("missing_keys", "has no weights for {}, which would be random"),
+        ("unexpected_keys", "has weights {}, for which the model has no place"),
+    ]:
+        if report[keys]:
+            raise ValueError(f"{path} {problem.format(sorted(report[keys])[0])}")
+    if path.suffix == ".gguf":
         # Its weights are already dequantised, but Trainer would still treat them as quantised.
         lm.is_quantized = False
         lm.hf_quantizer = None
@@ -326,12 +335,54 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
     return lm, tokenizer
 
 
-def _check_gguf(path: Path):
-    """Raise ValueError for a GGUF file that transformers would read as another model."""
+# Metadata of a GGUF file that transformers reads for every architecture. If one is wrong, a weight
+# has another shape or is missing.
+GGUF_READ = {"context_length", "block_count", "embedding_length", "feed_forward_length"}
+GGUF_READ |= {"vocab_size", "attention.head_count", "attention.head_count_kv", "expert_count"}
+GGUF_READ |= {"expert_used_count", "expert_feed_forward_length"}
+
+
+def _check_gguf(path: Path, lm):
+    """Raise ValueError if a GGUF file says more than transformers has read into lm."""
     import gguf
 
-    if any(tensor.name == "rope_freqs.weight" for tensor in gguf.GGUFReader(path).tensors):
-        raise ValueError("it has rope_freqs (Llama 3), which transformers ignores")
+    reader = gguf.GGUFReader(path)
+    prefix = reader.fields["general.architecture"].contents() + "."
+    config = lm.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    eps = next(value for name, value in config.to_dict().items() if "eps" in name)
+    known = {
+        "attention.causal": True,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_epsilon": eps,
+        "attention.layer_norm_rms_epsilon": eps,
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1)),
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.scaling.type": rope.get("rope_type", "default").replace("default", "none"),
+        "use_parallel_residual": getattr(config, "use_parallel_residual", None),
+    }
+    for name, field in reader.fields.items():
+        key = name.removeprefix(prefix)
+        if name.startswith(prefix) and key not in GGUF_READ:
+            value = field.contents()
+            exact = value == known.get(key)
+            close = isinstance(value, float) and math.isclose(
+                value, known.get(key, 0), rel_tol=1e-6
+            )
+            if not exact and not close:
+                raise ValueError(f"it says {name} = {value}, which transformers does not read")
+    given = sum(tensor.n_elements for tensor in reader.tensors)
+    places = sum(p.numel() for p in lm.parameters())
+    if given != places:
+        names = [tensor.name for tensor in reader.tensors if not tensor.name.startswith("blk.")]
+        raise ValueError(
+            f"its tensors have {given} weights, the model has {places}; outside of the blocks are "
+            f"{', '.join(names)}"
+        )
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
