@@ -252,12 +252,16 @@ def even(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / 12 for ids in completion_ids]
 
 
+def prompts(n):
+    """A data set of n prompts."""
+    return Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(n)]})
+
+
 def trained(out, trainer=BuPOTrainer, lm=None, **options):
     """The trainer after training."""
     config = GRPOConfig if trainer is GRPOTrainer else BuPOConfig
     args = config(output_dir=str(out), **(OPTIONS | options))
-    data = Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(48)]})
-    given = dict(processing_class=TOKENIZER, train_dataset=data)
+    given = dict(processing_class=TOKENIZER, train_dataset=prompts(48))
     trainer = trainer(lm or build(**TIED), even, args, **given)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer
@@ -374,7 +378,7 @@ def test_no_steps_is_grpo(tmp_path):
 
 def test_corners_of_the_options(tmp_path):
     """The top layer; a correction that is off; several batches of rollouts per optimizer step."""
-    options = dict(bupo_steps=1, bupo_layer=3, max_steps=2, gradient_accumulation_steps=2)
+    options = dict(bupo_steps=2, bupo_layer=3, max_steps=2, gradient_accumulation_steps=2)
     options |= dict(steps_per_generation=1, vllm_importance_sampling_correction=False)
     trainer = trained(tmp_path, **options, off_policy_mask_threshold=0.1)
     assert logged(trainer, "bupo/phase") == [1, 2]

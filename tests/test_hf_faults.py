@@ -1,0 +1,92 @@
+"""minibupo_hf/: other people's files, runs and mistakes. Each kind is right, or it is refused.
+
+Models, data and trainers are those of test_hf.py.
+"""
+
+# ruff: noqa: E402 - imports come after the check that the extra is there
+
+import gc
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
+
+from trl import GRPOTrainer
+
+from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
+from tests.test_hf import OPTIONS, TIED, TOKENIZER, build, even, prompts
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+def plain_loop(bupo_steps, uses, accumulation, batches_an_epoch):
+    """The phases of the mini-batches of each optimizer step, for seven optimizer steps or more."""
+    steps = []
+    batches = 0
+    while len(steps) < 7 or batches <= bupo_steps:
+        epoch = []
+        for _ in range(batches_an_epoch):
+            epoch += [1 if batches < bupo_steps else 2] * uses
+            batches += 1
+        steps += [epoch[i : i + accumulation] for i in range(0, len(epoch), accumulation)]
+    return steps
+
+
+class Counting(BuPOTrainer):
+    """Neither samples nor learns: notes the phase of every mini-batch, by optimizer step, and the
+    optimizer steps before which the optimizer had no moments."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        step = self.state.global_step
+        self.phases.setdefault(step, []).append(self.phase)
+        if not self.optimizer.state:
+            self.without_moments.add(step)
+        return 0 * sum(p.sum() for p in model.parameters())
+
+    def train(self, *args, **kwargs):
+        self.phases = {}
+        self.without_moments = set()
+        return super().train(*args, **kwargs)
+
+
+# steps_per_generation, gradient_accumulation_steps, num_iterations, batches in an epoch
+GRID = [*itertools.product([1, 3], [1, 2], [1], [1, 12])]
+GRID += [(2, 1, 1, 12), (1, 8, 1, 1), (2, 8, 1, 3), (2, 1, 2, 3), (1, 4, 2, 3), (2, 3, 2, 1)]
+
+
+@pytest.mark.parametrize("bupo_steps", [1, 2, 4])
+@pytest.mark.parametrize("per_generation,accumulation,iterations,epoch", GRID)
+def test_phases_are_those_of_a_plain_loop(
+    tmp_path, monkeypatch, bupo_steps, per_generation, accumulation, iterations, epoch
+):
+    """For any way of accumulating, and wherever a run is stopped and resumed."""
+    uses = per_generation * iterations
+    wanted = plain_loop(bupo_steps, uses, accumulation, epoch)
+    options = dict(bupo_steps=bupo_steps, bupo_layer=2, steps_per_generation=per_generation)
+    options |= dict(gradient_accumulation_steps=accumulation, num_iterations=iterations)
+    options |= dict(max_steps=7, save_strategy="steps", save_steps=3)
+    args = BuPOConfig(output_dir=str(tmp_path), **(OPTIONS | options))
+    data = prompts(epoch * 2 * per_generation + 1)  # one is left over
+
+    def made():
+        return Counting(build(**TIED), even, args, data, processing_class=TOKENIZER)
+
+    if any(len(set(step)) > 1 for step in wanted):
+        with pytest.raises(ValueError, match="are not whole optimizer steps of grad"):
+            made()
+        return
+    rows = {"rows": torch.zeros(8 * per_generation, 1)}
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda *_: dict(rows))
+    monkeypatch.setattr(GRPOTrainer, "create_model_card", lambda *_, **__: None)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # half of the time, otherwise
+    trainer = made()
+    switch = {i for i in range(1, 7) if wanted[i - 1][0] < wanted[i][0]}
+    trainer.train()
+    assert list(trainer.phases.values()) == wanted[:7]
+    assert trainer.without_moments == {0} | switch
+    for step in 3, 6:
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert list(trainer.phases.values()) == wanted[step:7]
+        assert trainer.without_moments == switch & set(range(step, 7))
