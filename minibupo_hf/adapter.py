@@ -285,17 +285,21 @@ class KVCache(dict):
 def load(source, dtype: str = "float32", device="cpu"):
     """(HFModel, tokenizer) from a hub name, a directory, or a .gguf file, read by transformers.
 
-    Raises ImportError without the extra `hf`, and ValueError for what cannot be read.
+    A PEFT adapter is merged into its base model. Raises ImportError without the extra `hf`, and
+    ValueError for what cannot be read.
     """
     lm, tokenizer = load_lm(source, dtype)
+    if hasattr(lm, "merge_and_unload"):
+        lm = lm.merge_and_unload().requires_grad_(True)
     return HFModel(lm.to(device)), tokenizer
 
 
 def load_lm(source, dtype: str = "float32", revision="main", **options):
     """(transformers' model, tokenizer), not yet opened; `options` are AutoModelForCausalLM's.
 
-    Raises ImportError without the extra `hf`, and ValueError for what cannot be read, or would be
-    read as another model.
+    If the source is a PEFT adapter, the model is a PeftModel that can be trained. Raises
+    ImportError without the extra `hf`, and ValueError for what cannot be read, or would be read as
+    another model.
     """
     path = Path(source)
     try:
@@ -305,34 +309,53 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
             import gguf  # noqa: F401 - transformers reads such a file with it
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[hf]"') from None
-    file = {"revision": revision}
     try:
         if path.suffix == ".gguf":
+            file = {"gguf_file": path.name}
             source = str(path.parent)
-            file["gguf_file"] = path.name
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
+        elif transformers.utils.find_adapter_config_file(str(source), revision=revision):
+            return _load_adapter(str(source), dtype, revision, **options)
+        else:
+            file = {"revision": revision}
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
+        _refuse_keys(report["missing_keys"], report["unexpected_keys"])
         if path.suffix == ".gguf":
-            _check_gguf(path, lm)
+            _finish_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"transformers cannot read {path}: {reason}") from error
-    for keys, problem in [
-        ("missing_keys", "has no weights for {}, which would be random"),
-        ("unexpected_keys", "has weights {}, for which the model has no place"),
-    ]:
-        if report[keys]:
-            raise ValueError(f"{path} {problem.format(sorted(report[keys])[0])}")
-    if path.suffix == ".gguf":
-        # Its weights are already dequantised, but Trainer would still treat them as quantised.
-        lm.is_quantized = False
-        lm.hf_quantizer = None
-        for config in (lm.config, lm.generation_config):
-            vars(config).pop("quantization_config", None)
     return lm, tokenizer
+
+
+def _load_adapter(source: str, dtype: str, revision: str, **options):
+    """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
+    import peft
+    import transformers
+
+    config = peft.PeftConfig.from_pretrained(source, revision=revision)
+    base = config.base_model_name_or_path
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", **options)
+    given = {"is_trainable": True, "revision": revision}
+    lm = peft.PeftModel.from_pretrained(lm, source, **given)
+    report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
+    _refuse_keys(report.missing_keys, report.unexpected_keys)
+    if Path(source, "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    return lm, tokenizer
+
+
+def _refuse_keys(missing, unexpected):
+    """Raise ValueError for weights that the model lacks, or for which it has no place."""
+    if missing:
+        raise ValueError(f"it has no weights for {sorted(missing)[0]}, which would be random")
+    if unexpected:
+        raise ValueError(
+            f"it has weights {sorted(unexpected)[0]}, for which the model has no place"
+        )
 
 
 # Metadata of a GGUF file that transformers reads for every architecture. If one is wrong, a weight
@@ -340,6 +363,20 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
 GGUF_READ = {"context_length", "block_count", "embedding_length", "feed_forward_length"}
 GGUF_READ |= {"vocab_size", "attention.head_count", "attention.head_count_kv", "expert_count"}
 GGUF_READ |= {"expert_used_count", "expert_feed_forward_length"}
+
+
+def _finish_gguf(path: Path, lm):
+    """Make lm, read from a GGUF file, an ordinary model.
+
+    Raises ValueError if the file says more than transformers has read into lm.
+    """
+    _check_gguf(path, lm)
+    lm.name_or_path = str(path)  # under which an adapter finds its base model
+    # Its weights are already dequantised, but Trainer would still treat them as quantised.
+    lm.is_quantized = False
+    lm.hf_quantizer = None
+    for config in (lm.config, lm.generation_config):
+        vars(config).pop("quantization_config", None)
 
 
 def _check_gguf(path: Path, lm):

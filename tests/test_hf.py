@@ -228,7 +228,7 @@ def test_weights_without_a_place(tmp_path):
     more = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
     file = save(tmp_path, build("Llama")) / "model.safetensors"
     save_file(load_file(file) | more, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="has weights model.layers.0.*bias, for which"):
+    with pytest.raises(ValueError, match="it has weights model.layers.0.*bias, for which"):
         load(tmp_path)
     lm = build(**TIED)
     save(tmp_path, lm)

@@ -7,16 +7,34 @@ Models, data and trainers are those of test_hf.py.
 
 import gc
 import itertools
+import shutil
 
 import pytest
 import torch
 
 pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
 
+import peft
+import transformers
+from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
+import minibupo_hf.train
+from minibupo_hf.adapter import load
 from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
-from tests.test_hf import OPTIONS, TIED, TOKENIZER, build, even, prompts
+from tests.test_hf import (
+    OPTIONS,
+    TIED,
+    TOKENIZER,
+    TOKENS,
+    build,
+    differ,
+    even,
+    prompts,
+    save,
+    weights,
+)
+from tests.test_hf_train import arguments
 
 # ---- counting ------------------------------------------------------------------------------------
 
@@ -90,3 +108,73 @@ def test_phases_are_those_of_a_plain_loop(
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert list(trainer.phases.values()) == wanted[step:7]
         assert trainer.without_moments == switch & set(range(step, 7))
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The directory of a tiny model, with a tokenizer."""
+    return save(tmp_path_factory.mktemp("base"), build(**TIED))
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """The directory of an adapter to it that has learned something (random), without tokenizer."""
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", r=2)
+    torch.manual_seed(5)
+    lm = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    for name, p in lm.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    directory = tmp_path_factory.mktemp("adapter")
+    lm.save_pretrained(directory)
+    return directory
+
+
+def test_an_adapter_is_its_model(base, adapter):
+    """To look at it is merged, and all weights can be trained."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(base)
+    wanted = peft.PeftModel.from_pretrained(lm, adapter)(TOKENS).logits
+    model, tokenizer = load(adapter)
+    torch.testing.assert_close(model(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(wanted, load(base)[0](TOKENS), atol=0.1)
+    assert tokenizer("1+1=").input_ids == [1, 10, 1, 13]
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_training_goes_on_with_an_adapter(adapter, tmp_path, use_peft):
+    options = dict(use_peft=use_peft, max_steps=2, beta=0.1)
+    trainer, _ = minibupo_hf.train.make_trainer(arguments(adapter, tmp_path, **options))
+    trainer.reward_funcs = [even]
+    learned = load_file(adapter / "adapter_model.safetensors")
+    before = weights(trainer)
+    for name, weight in learned.items():
+        name = name.replace(".weight", ".default.weight")
+        assert torch.equal(before[name], weight)
+    trainer.train()
+    moved = differ(before, weights(trainer))
+    assert moved and all(".default." in name for name in moved)
+    trainer.save_model()
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == learned.keys() and differ(learned, saved)
+
+
+def test_adapters_that_are_refused(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    learned = load_file(file)
+    name = sorted(learned)[0]
+    save_file({key: learned[key] for key in learned if key != name}, file)
+    with pytest.raises(ValueError, match="no weights for .*lora_A"):
+        load(tmp_path)
+    save_file(learned | {name.replace("layers.0", "layers.7"): learned[name].clone()}, file)
+    with pytest.raises(ValueError, match="has weights .*layers.7.*no place"):
+        load(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace("base_model_name_or_path", "base"))
+    with pytest.raises(ValueError, match="cannot read"):
+        load(tmp_path)
