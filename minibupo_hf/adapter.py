@@ -253,14 +253,35 @@ class HFModel(LanguageModel):
         self._require(self.unembed(probe), theirs, "its logits are scaled or capped")
 
     def _require(self, a, b, what: str):
-        """Raise ValueError unless a and b are equal to half of the digits of their type.
+        require_close(a, b, f"{type(self.lm).__name__} cannot be opened: {what}")
 
-        Half, because rounding adds up over layers. The tolerance is relative to each number and to
-        the median, because a few dimensions of a stream can be 1000 times as large as the others.
-        """
-        close = torch.finfo(a.dtype).eps ** 0.5
-        if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
-            raise ValueError(f"{type(self.lm).__name__} cannot be opened: {what}")
+
+def require_close(a, b, otherwise: str):
+    """Raise ValueError unless a and b are equal to half of the digits of their type.
+
+    Half, because rounding adds up over layers. The tolerance is relative to each number and to the
+    median, because a few dimensions of a stream can be 1000 times as large as the others.
+    """
+    close = torch.finfo(a.dtype).eps ** 0.5
+    if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
+        raise ValueError(otherwise)
+
+
+@torch.no_grad()
+def require_left_padding(lm):
+    """Raise ValueError unless lm gives a prompt the same logits when it is padded on the left.
+
+    TRL pads so, and passes no positions. A model with learned positions, like GPT-2, counts them
+    from the padding, and would be trained on other log-probabilities than it was sampled with.
+    """
+    lm.eval()
+    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
+    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
+    name = type(lm).__name__
+    require_close(alone, padded, f"{name} cannot be trained by TRL: it needs positions if padded")
 
 
 def _shallow_copy(module):

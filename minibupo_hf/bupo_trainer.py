@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
-from minibupo_hf.adapter import HFModel, find_parts, truncated, watching
+from minibupo_hf.adapter import HFModel, find_parts, require_left_padding, truncated, watching
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
     raise ImportError(
@@ -90,18 +90,21 @@ class BuPOTrainer(GRPOTrainer):
         self.layer = self.args.bupo_layer
         self.phase = 2
         self._count_minibatches()
+        lm = self.accelerator.unwrap_model(self.model)
+        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
+        whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled
+        if whole:
+            require_left_padding(lm)
         if self.args.bupo_steps == 0:
             return
         self.add_callback(AtTheStart(self))
-        lm = self.accelerator.unwrap_model(self.model)
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
         if self.is_deepspeed_enabled and self.args.weight_decay:
             # DeepSpeed gives weights without a gradient one of 0
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
-        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
-        if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
+        if whole:
             HFModel(lm)  # raises what it refuses
 
     def _count_minibatches(self):

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
 import minibupo_hf.train
-from minibupo_hf.adapter import load
+from minibupo_hf.adapter import HFModel, load
 from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
 from tests.test_hf import (
+    OPEN,
     OPTIONS,
     TIED,
     TOKENIZER,
@@ -32,6 +33,7 @@ from tests.test_hf import (
     even,
     prompts,
     save,
+    trained,
     weights,
 )
 from tests.test_hf_train import arguments
@@ -178,3 +180,19 @@ def test_adapters_that_are_refused(adapter, tmp_path):
     config.write_text(config.read_text().replace("base_model_name_or_path", "base"))
     with pytest.raises(ValueError, match="cannot read"):
         load(tmp_path)
+
+
+# ---- models that TRL would score otherwise than it samples ---------------------------------------
+
+
+@pytest.mark.parametrize("bupo_steps", [0, 1])
+def test_a_model_that_needs_positions_is_not_trained(tmp_path, bupo_steps):
+    """Though it can be looked at. What TRL computes of it differs by more than a nat."""
+    lm = build("GPT2", **OPEN["GPT2"])
+    padded = torch.cat([torch.zeros_like(TOKENS), TOKENS], dim=1)
+    mask = torch.cat([torch.zeros_like(TOKENS), torch.ones_like(TOKENS)], dim=1)
+    trl = lm.eval()(padded, attention_mask=mask).logits[:, 12:].log_softmax(-1)
+    assert (HFModel(lm)(TOKENS).log_softmax(-1) - trl).abs().max() > 1
+    options = dict(bupo_steps=bupo_steps, bupo_layer=2, max_steps=1)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be trained by TRL: it needs pos"):
+        trained(tmp_path, lm=lm, **options)
