@@ -10,6 +10,7 @@ whole model by numbers when it is made. So an untried model comes out exact, or 
 
 import copy
 import math
+import textwrap
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -340,22 +341,20 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
             return _load_adapter(str(source), dtype, revision, **options)
         else:
             file = {"revision": revision}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+        tokenizer = _load_tokenizer(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
         _refuse_keys(report["missing_keys"], report["unexpected_keys"])
         if path.suffix == ".gguf":
             _finish_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"transformers cannot read {path}: {reason}") from error
+        raise ValueError(f"transformers cannot read {path}: {_one_line(error)}") from error
     return lm, tokenizer
 
 
 def _load_adapter(source: str, dtype: str, revision: str, **options):
     """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
     import peft
-    import transformers
 
     config = peft.PeftConfig.from_pretrained(source, revision=revision)
     base = config.base_model_name_or_path
@@ -365,8 +364,20 @@ def _load_adapter(source: str, dtype: str, revision: str, **options):
     report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
     _refuse_keys(report.missing_keys, report.unexpected_keys)
     if Path(source, "tokenizer_config.json").exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = _load_tokenizer(source)
     return lm, tokenizer
+
+
+def _load_tokenizer(source, **file):
+    """The tokenizer of a model. Raises ValueError if there is none."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+    # without files for it, transformers makes one of special tokens only
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if special.issuperset(tokenizer.get_vocab()):
+        raise ValueError("it has no tokenizer")
+    return tokenizer
 
 
 def _refuse_keys(missing, unexpected):
@@ -443,25 +454,67 @@ def _check_gguf(path: Path, lm):
         )
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with the BOS that the tokenizer may put first, without a last EOS."""
-    ids = tokenizer(text).input_ids
-    if ids and ids[-1] == tokenizer.eos_token_id:
+# ---- encoding text -------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer, text: str, special=True) -> list[int]:
+    """Token ids of a text, without a last EOS. With `special` the tokenizer may put a BOS first.
+
+    Raises ValueError if they do not decode to this text.
+    """
+    ids = tokenizer(text, add_special_tokens=special).input_ids
+    if special and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
+    decoded = _text_of(tokenizer, ids)
+    if text not in decoded:
+        raise ValueError(f"the tokenizer reads {text!r} as {decoded!r}")
     return ids
+
+
+def apply_template(tokenizer, messages) -> str:
+    """The text of a chat, up to where the response begins.
+
+    Raises ValueError if its last message is not in it, or if the chat template fails.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {_one_line(error)}") from error
+    if messages[-1]["content"] not in text:
+        raise ValueError(f"the chat template makes {text!r} of {messages[-1]['content']!r}")
+    return text
 
 
 def encode_chat(tokenizer, prompt: str, response: str):
     """(ids, prompt_len): token ids of prompt and response, and how many are the prompt's.
 
     The prompt goes through the chat template if there is one. The response is encoded on its own,
-    so that the border is exact, and gets no EOS.
+    so that the border is exact, and gets no EOS. Raises ValueError if the ids do not decode to
+    prompt and response as they are given.
     """
+    special = not tokenizer.chat_template
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        before = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        before = encode_text(tokenizer, prompt)
-    after = tokenizer(response, add_special_tokens=False).input_ids
-    return before + after, len(before)
+        prompt = apply_template(tokenizer, [{"role": "user", "content": prompt}])
+    before = encode_text(tokenizer, prompt, special)
+    wanted = _text_of(tokenizer, before) + response
+    ids = before + tokenizer(response, add_special_tokens=False).input_ids
+    if _text_of(tokenizer, ids) != wanted:
+        # Some tokenizers put a blank before a text. If they encode both at once, it is not between.
+        ids = encode_text(tokenizer, prompt + response, special)
+    if _text_of(tokenizer, ids) != wanted or ids[: len(before)] != before:
+        raise ValueError(f"the tokenizer reads {wanted!r} as {_text_of(tokenizer, ids)!r}")
+    return ids, len(before)
+
+
+def _text_of(tokenizer, ids) -> str:
+    """The text of token ids, as exactly as the tokenizer tells."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.decoder is None:  # it would join tokens by blanks
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, as one line of at most 300 characters."""
+    said = str(error).strip() or type(error).__name__
+    return textwrap.shorten(said, 300, placeholder=" ...")

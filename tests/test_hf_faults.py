@@ -17,10 +17,12 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 import peft
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 
 import minibupo_hf.train
-from minibupo_hf.adapter import HFModel, load
+from minibupo_hf.adapter import HFModel, encode_chat, encode_text, load
 from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
 from tests.test_hf import (
     OPEN,
@@ -196,3 +198,64 @@ def test_a_model_that_needs_positions_is_not_trained(tmp_path, bupo_steps):
     options = dict(bupo_steps=bupo_steps, bupo_layer=2, max_steps=1)
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be trained by TRL: it needs pos"):
         trained(tmp_path, lm=lm, **options)
+
+
+# ---- tokenizers and chat templates ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Qwen3", "GPT2", "Llama"])
+def test_a_directory_without_a_tokenizer(tmp_path, family):
+    build(family, **OPEN[family]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it has no tokenizer|instantiate the backend tokenizer"):
+        load(tmp_path)
+
+
+def sentencepiece():
+    """A tokenizer like Llama 2's: it puts a BOS and a blank before a text."""
+    ids = {c: i for i, c in enumerate(["<s>", "</s>", "<unk>", "▁", *"0123456789+=-ab\n"])}
+    backend = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bos = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    backend.post_processor = bos
+    tokens = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
+def test_no_blank_between_prompt_and_response():
+    tokenizer = sentencepiece()
+    ids, prompt_len = encode_chat(tokenizer, "1+1=", "2")
+    assert tokenizer.decode(ids) == "<s> 1+1=2"
+    assert tokenizer.convert_ids_to_tokens(ids[prompt_len:]) == ["2"]
+    ids, prompt_len = encode_chat(tokenizer, "1+1=", " 2")
+    assert tokenizer.decode(ids) == "<s> 1+1= 2" and prompt_len == 6
+    tokenizer.chat_template = "{% for m in messages %}b{{ m.content }}{% endfor %}a"
+    ids, prompt_len = encode_chat(tokenizer, "1", "2")
+    assert tokenizer.decode(ids) == "b1a2" and tokenizer.decode(ids[prompt_len:]) == "2"
+
+
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}="
+
+
+def test_a_text_that_nobody_wrote_is_refused():
+    """Characters that the tokenizer lacks or changes, and chat templates for another prompt."""
+    lower = sentencepiece()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    for tokenizer, template, prompt, response, says in [
+        (sentencepiece(), None, "1+x=", "2", r"reads '1\+x=' as '<s> 1\+<unk>='"),
+        (sentencepiece(), None, "1+1=", "x", r"reads .*1\+1=x' as .*<unk>"),
+        (lower, None, "A", "2", "reads 'A' as '<s>a'"),
+        (sentencepiece(), PARTS, "1+1=", "2", r"chat template makes '=' of '1\+1='"),
+        (sentencepiece(), "{{ raise_exception('no\nuser') }}", "1", "2", "template fails: no user"),
+        (sentencepiece(), "{{ messages[1].content }}", "1", "2", "the chat template fails: "),
+        (sentencepiece(), "{% if", "1", "2", "the chat template fails: "),
+    ]:
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=says):
+            encode_chat(tokenizer, prompt, response)
+    with pytest.raises(ValueError, match="reads 'x' as"):
+        encode_text(sentencepiece(), "x")
