@@ -90,7 +90,7 @@ def test_a_kept_decoder_answers_as_generate_does():
         generators = (toy.torch_rng_for("cpu", 0, "responses", step) for _ in range(2))
         theirs, ours = (
             respond(model, s, problems, 2, next(generators))
-            for respond in (toy.respond, cuda_graph.respond)
+            for respond in (toy.sample_responses, cuda_graph.respond)
         )
         assert all(map(torch.equal, theirs, ours))
     assert len(cuda_graph.KEPT) == 1
