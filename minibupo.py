@@ -94,9 +94,8 @@ def policy_logits(model, tokens, policy=FULL, mask=None):
     layer, site = policy
 
     if policy == FULL:
-        logits = model(tokens)
-        return logits if mask is None else logits[mask]
-    if site == "resid_post":
+        h = model.final_norm(model.residual(tokens, model.n_layer))
+    elif site == "resid_post":
         h = model.residual(tokens, layer)  # H^l
     elif layer is None or not 1 <= layer <= model.n_layer:
         raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
