@@ -2,7 +2,7 @@
 
     python analyze.py all RUN                   everything about a run, written to RUN/figures
     python analyze.py entropy RUN               entropy by layer and how it changes (Fig. 2, 3)
-    python analyze.py writes RUN                the same, and the cosine of each write (Appendix B.2)
+    python analyze.py writes RUN                the same and cosines of writes (Appendix B.2)
     python analyze.py dynamics RUN              training (Fig. 4, 7) and feature refinement (Fig. 5)
     python analyze.py lens RUN "7+5*3-2="       what each internal policy would say next
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers sampled from an internal policy
@@ -33,11 +33,12 @@ import numpy as np
 import torch
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 import minibupo
 import train_toy as toy
 from minibupo import FULL, SITES, Policy, Rollouts, response_mask
+from model import at_least_float32
 
 # One colour for each thing, in every figure.
 LAYER = "C0"
@@ -223,7 +224,7 @@ def entropy(subject: Subject, prompt=None, text=None) -> dict:
         "dH_mlp": f"FFN: $dH_{{FFN}}$ (target layer: {target or 'none'})",
         "dH_layer": "layer: $dH_{Layer}$",
     }
-    ylabel = "entropy change (nats)\nbelow 0: converges, above 0: explores"
+    ylabel = "entropy change (nats)\nbelow 0: converges\nabove 0: explores"
     save(subject.folder / "entropy.json", json.dumps(summary, indent=1))
     save(subject.folder / "entropy_flow.png", draw_flow(found, log_vocab))
     save(subject.folder / "entropy_change.png", draw_signed(found, titles, ylabel))
@@ -234,7 +235,7 @@ def writes(subject: Subject, prompt=None, text=None) -> dict:
     """Do what `entropy` does; write writes.png: the cosine of each write with its stream."""
     found = entropy(subject, prompt, text)
     titles = {"cos_attn": "what attention writes", "cos_mlp": "what the FFN writes"}
-    ylabel = "cosine with the stream\nbelow 0: suppresses, above 0: amplifies"
+    ylabel = "cosine with the stream\nbelow 0: suppresses\nabove 0: amplifies"
     save(subject.folder / "writes.png", draw_signed(found, titles, ylabel))
     return found
 
@@ -262,8 +263,10 @@ def draw_flow(found: dict, log_vocab: float) -> Figure:
     figure.legend(ncols=3, loc="outside upper center")
 
     plot_by_layer(below, 0, found["rms_layer"], LAYER)
+    norms = found["rms_layer"].mean(1)
     below.set_yscale("log")
-    below.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+    below.set_yticks([norms.min(), norms.max()], [f"{norms.min():.2g}", f"{norms.max():.2g}"])
+    below.minorticks_off()
     below.set_ylabel("RMS of $H^l$")
     return figure
 
@@ -331,7 +334,7 @@ def read_training(run: Run) -> dict:
                 f"held-out accuracy, n = {n}": curve(
                     evaluations, lambda r: r["tiers"][str(n)][AVERAGE]
                 ),
-                "entropy of pi_theta (nats)": curve(steps, lambda r: r["policy_entropy"]),
+                r"entropy of $\pi_\theta$ (nats)": curve(steps, lambda r: r["policy_entropy"]),
                 "response length (tokens)": curve(steps, lambda r: r["length"]),
             },
             "refinement": {
@@ -353,9 +356,10 @@ def draw_training(panels: dict, s_inter: int) -> Figure:
     """Return a panel for each curve of {title: {step: value}}."""
     figure = Figure(figsize=(WIDTH, 2.2))
     for ax, (title, curve) in zip(figure.subplots(1, len(panels)), panels.items()):
-        # a curve that was measured at a few steps only shows where
+        # show where a curve was measured; do not guess what a few points have in between
         marker = "o" if len(curve) <= 20 else ""
-        ax.plot(list(curve), list(curve.values()), marker=marker, ms=3)
+        line = "-" if len(curve) > 5 else ""
+        ax.plot(list(curve), list(curve.values()), marker=marker, ms=3, linestyle=line)
         if s_inter:
             ax.axvline(s_inter + 0.5, color=GREY, lw=0.8, ls=":")
         ax.set(title=title, xlabel="step")
@@ -365,8 +369,8 @@ def draw_training(panels: dict, s_inter: int) -> Figure:
 # ---- lens --------------------------------------------------------------------------------------
 
 PAD_NOTE = (
-    "<pad> fills up short rows. No policy is trained to say it, but E_u has a row for it as for "
-    "every token, so an internal policy can prefer it."
+    "<pad> fills up the short rows of a batch. No policy is trained to say it, but it has a row in E_u "
+    "like every other token, so an internal policy can prefer it."
 )
 
 
@@ -405,7 +409,7 @@ def lens_cells(model, tokens, mask, word) -> dict:
     """
 
     def row(h):  # of vectors (M, d)
-        logits = minibupo.at_least_float32(model.unembed(h))
+        logits = at_least_float32(model.unembed(h))
         entropies = minibupo.entropy(logits).tolist()
         top_p, top_ids = logits.softmax(-1).topk(5)
         cells = []
@@ -437,12 +441,19 @@ def draw_lens(page: dict, checkpoint: str) -> Figure:
     sites = page["checkpoints"][checkpoint]["raw"]
     L = len(sites["mlp_out"])
     M = len(page["next_tokens"])
-    column = 0.4 if page["log_vocab"] < 4 else 0.55  # inches: the words of a language model are wider
+    column = (
+        0.4 if page["log_vocab"] < 4 else 0.55
+    )  # inches: the words of a language model are wider
     figure = Figure(figsize=(max(WIDTH, column * M + 1), 0.6 * L + 2))
     axes = figure.subplots(3, sharex=True, height_ratios=(L + 1, L, L))
     prompt = shortened(page["prompt"], 60)
-    figure.suptitle(f"What each internal policy would say next, after {prompt}", parse_math=False)
-    titles = ("policy of the stream, $H^l$", "policy of attention, $A^l$", "policy of the FFN, $F^l$")
+    title = f"What each internal policy would say next ({checkpoint}), after {prompt}"
+    figure.suptitle(title, size=9, parse_math=False)
+    titles = (
+        "policy of the stream, $H^l$",
+        "policy of attention, $A^l$",
+        "policy of the FFN, $F^l$",
+    )
     for ax, site, title in zip(axes, SITES, titles):
         image = draw_cells(ax, sites[site], page["next_tokens"], page["log_vocab"])
         first = L + 1 - len(sites[site])  # 0 for the stream, which has H^0
@@ -450,7 +461,9 @@ def draw_lens(page: dict, checkpoint: str) -> Figure:
         ax.set(ylabel="layer", title=title)
         ax.tick_params(length=0)
     axes[2].set_xticks(range(M), page["next_tokens"], parse_math=False)
-    axes[2].set_xlabel("token that follows in the response (bold in a cell: the policy says it, too)")
+    axes[2].set_xlabel(
+        "token that follows in the response; in bold where it is the policy's likeliest token"
+    )
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
     if page["note"]:
         figure.supxlabel(page["note"], size=6, color=GREY)
@@ -600,14 +613,14 @@ def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> StepResult
         old_logp,
         new_logp.detach(),
         clipped,
-        float(loss_before),
-        float(loss_after),
+        loss_before.item(),
+        loss_after.item(),
         gradient_norms(model),
     )
 
 
 def gradient_norms(model) -> dict[str, float | None]:
-    """Return the gradient's norm by layer, and by parameter outside the layers; None without one."""
+    """Return the gradient's norm by layer, and by parameter outside layers; None if it has none."""
     norms = {}
     for name, parameter in model.named_parameters():
         number = re.search(r"\.(\d+)\.", name)  # of the layer, from 0
@@ -745,7 +758,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict]:
 
 
 def parse_arguments(argv) -> dict:
-    """Return the options of the command line, exits with an error for an invalid one."""
+    """Return the options of the command line; exit with an error for an invalid one."""
     argv = sys.argv[1:] if argv is None else argv
     parser, commands = make_parser()
     if not argv or argv[0] not in commands:
