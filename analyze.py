@@ -73,7 +73,7 @@ PAPER_LR = 1e-6  # the learning rate of `step` for a language model
 
 
 class Run:
-    """A run of train_toy.py, read from its directory. Raises ValueError if there is none.
+    """A run of train_toy.py, read from its directory. Raise ValueError if there is none.
 
     `checkpoint` names the model to look at ("base", "phase1" or "final"); figures go to `folder`.
     """
@@ -128,7 +128,7 @@ class Run:
 class PretrainedModel:
     """A language model, read by minibupo_hf/adapter.py. It has no checkpoints but itself.
 
-    Raises ValueError or ImportError if it is not readable.
+    Raise ValueError or ImportError if it is not readable.
     """
 
     def __init__(self, source: str, dtype="float32", device="auto", folder=None):
@@ -170,7 +170,7 @@ def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
     """Return tokens (N, T) and the mask (N, T-1) of the responses to look at.
 
     The response is `text` or, without it, the model's greedy answer to the prompt. With neither
-    prompt nor text, these are a run's own solutions of held-out problems. Raises ValueError for an
+    prompt nor text, these are a run's own solutions of held-out problems. Raise ValueError for an
     empty response.
     """
     if prompt is None and text is None:
@@ -316,7 +316,7 @@ def dynamics(run: Run):
 def read_training(run: Run) -> dict:
     """Return the curves of a run: {figure: {title: {step: value}}}.
 
-    Raises ValueError for damaged metrics.
+    Raise ValueError for damaged metrics.
     """
     steps = toy.read_metrics(run.path, "step")
     evaluations = toy.read_metrics(run.path, "eval")
@@ -369,8 +369,8 @@ def draw_training(panels: dict, s_inter: int) -> Figure:
 # ---- lens --------------------------------------------------------------------------------------
 
 PAD_NOTE = (
-    "<pad> fills up the short rows of a batch. No policy is trained to say it, but it has a row in E_u "
-    "like every other token, so an internal policy can prefer it."
+    "<pad> fills up the short rows of a batch. No policy is trained to say it, but it has a row in "
+    "E_u like every other token, so an internal policy can prefer it."
 )
 
 
@@ -587,7 +587,7 @@ def question_for_step(subject: Subject, model, prompt, responses, rewards) -> Ro
 def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> StepResult:
     """Make one optimizer step of minibupo.update on one question and return its result.
 
-    Raises ValueError if all rewards are equal.
+    Raise ValueError if all rewards are equal.
     """
     tokens = rollouts.tokens
     mask = response_mask(rollouts.prompt_len, rollouts.end, tokens.shape[1])
@@ -773,14 +773,22 @@ def parse_arguments(argv) -> dict:
     return {"command": argv[0], **options}
 
 
-def open_subject(command: str, source: str, checkpoint=None, dtype=None, device="auto", out=None):
-    """Return the Run or PretrainedModel that a command is about. Raises ValueError for neither."""
+def open_subject(
+    command: str, source: str, options: dict, *, checkpoint=None, dtype=None, device, out=None
+) -> Subject:
+    """Return the Run or PretrainedModel that a command is about. Raise ValueError for neither.
+
+    `options` are those of the command. They are checked here, before a large model is read.
+    """
     path = Path(source)
     on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.exists()
     if path.is_file() or on_the_hub or list(path.glob("*.safetensors")):
         if command in OF_A_RUN or checkpoint:
             raise ValueError("all, dynamics and --checkpoint are of a run, not of a language model")
+        if options["prompt"] is None or options.get("layer", 1) is None:
+            raise ValueError("a language model needs a prompt, and --layer to sample or step")
         return PretrainedModel(source, dtype or "float32", device, out)
+
     if not path.is_dir():
         raise ValueError(f"{source} is neither a run nor a language model")
     if dtype:
@@ -794,10 +802,12 @@ def main(argv=None) -> int:
     """Run the command line. Return 0, or 2 after a user error."""
     options = parse_arguments(argv)
     command = options.pop("command")
-    names = ("source", "checkpoint", "dtype", "device", "out")
+    source = options.pop("source")
+    names = ("checkpoint", "dtype", "device", "out")
     where = {name: options.pop(name) for name in names if name in options}
     try:
-        COMMANDS[command](open_subject(command, **where), **options)
+        subject = open_subject(command, source, options, **where)
+        COMMANDS[command](subject, **options)
         return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
