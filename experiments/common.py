@@ -120,7 +120,7 @@ def with_interval(values, form="{:+.1f}") -> str:
 
 
 def differences(lines: list[dict], arm: str, control: str, difference, unit: str) -> list[float]:
-    """Return difference(line, line of the control) over the pairs of runs of an arm and its control.
+    """Return difference(line, control's line) over all pairs of runs of an arm and its control.
 
     A pair shares its base, if it has one, and its seed. `unit` is what is independent, "base" or
     "seed": there is one number for each base, or for each seed, the mean over its pairs.
@@ -154,7 +154,7 @@ def layer_of(parameter_name: str) -> int | None:
     return int(number[1]) + 1 if number else None
 
 
-def gradient(model, rollouts, policy=FULL, weights=None, chunk=16) -> dict[int, torch.Tensor]:
+def gradient(model, rollouts, policy=FULL, weights=None, chunk=64) -> dict[int, torch.Tensor]:
     """Return the gradient of GRPO's loss on a batch by layer: {layer: one vector}.
 
     Before the first update of a batch every ratio is 1. The gradient of the loss is then that of

@@ -100,7 +100,7 @@ def result_table(groups: dict) -> str:
 
 
 def evaluations(run: Subject) -> list[dict]:
-    """Return the eval records of a run. Raises ValueError for a record that is not as it should be."""
+    """Return the eval records of a run. Raises ValueError for a damaged record."""
     records = toy.read_metrics(run.run, "eval")
     with toy.reading(run.run / "metrics.jsonl"):
         return [
@@ -188,7 +188,7 @@ def pass_curves(groups: dict, problems: int, samples: int) -> dict:
 
 
 def draw_passk(found: dict):
-    """Return a figure of Pass@K against K, with one panel per length of problem; the base dashed."""
+    """Return a figure of Pass@K against K: a panel for each length of problem, the base dashed."""
     curves, ks = found["curves"], found["k"]
     tiers = sorted({n for by_tier in curves.values() for n in by_tier})
     size = (analyze.WIDTH, 2.3)
