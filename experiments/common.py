@@ -29,6 +29,12 @@ def read_lines(results: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def missing_jobs(results: Path, jobs: list[tuple]) -> list[tuple]:
+    """Return the jobs (key, function, argument, ...) whose key has no record in a .jsonl file."""
+    lines = read_lines(results)
+    return [job for job in jobs if not any(job[0].items() <= line.items() for line in lines)]
+
+
 def run_missing(results: Path, jobs: list[tuple], at_once=2) -> list[dict]:
     """Run the jobs that have no record in a .jsonl file yet, and return all of its records.
 
@@ -37,15 +43,14 @@ def run_missing(results: Path, jobs: list[tuple], at_once=2) -> list[dict]:
     loses only the jobs that are running.
     """
     lines = read_lines(results)
-    finished = [{name: line.get(name) for name in jobs[0][0]} for line in lines]
     with ProcessPoolExecutor(at_once) as pool:
-        missing = {pool.submit(*job): key for key, *job in jobs if key not in finished}
+        running = {pool.submit(*job): key for key, *job in missing_jobs(results, jobs)}
         try:
-            for job in as_completed(missing):
-                lines.append(missing[job] | job.result())
+            for job in as_completed(running):
+                lines.append(running[job] | job.result())
                 with open(results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
-                print(*missing[job].values(), f"{lines[-1]['seconds']:.0f} s", flush=True)
+                print(*running[job].values(), f"{lines[-1]['seconds']:.0f} s", flush=True)
         finally:  # after Ctrl-C or a failed job, do not start the jobs that are still waiting
             pool.shutdown(cancel_futures=True)
     return lines
@@ -138,13 +143,11 @@ def differences(lines: list[dict], arm: str, control: str, difference, unit: str
 
 
 def base_model(s: toy.Settings) -> tuple[GPT, list]:
-    """Return a base model of the toy task, pretrained on one thread, and the records of it."""
+    """Pretrain a base model on one thread, without output. Return it and its records."""
     torch.set_num_threads(1)
-    torch.manual_seed(s.seed)
-    model = GPT(s.model_config())
     records = []
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        toy.pretrain(s, model, records)
+        model = toy.base_model(s, torch.device("cpu"), records)
     return model, records
 
 

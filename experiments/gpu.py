@@ -91,7 +91,7 @@ def learned(run: Path) -> dict:
 
 
 def agreement(o) -> dict:
-    """Return how far the device is from the CPU on course/base.pt, relative to the largest number."""
+    """Return how far the device is from the CPU on course/base.pt, relative to the largest."""
     models = toy.load_model(BASE, o.device), toy.load_model(BASE)
     tokens, mask = toy.own_solutions(models[1], toy.Settings(), 8)
 

@@ -1,6 +1,7 @@
 """BuPO against GRPO on the toy task: what phase 1 costs, why, and when it costs less.
 
     python -m experiments.study                # what is missing, two runs at a time: three hours
+    python -m experiments.study --report       # only the report, of the committed results
     python -m experiments.study --quick DIR    # the smallest form, in half a minute, into DIR
 
 An arm differs from its control in one thing. Both start from the same base models and are asked the
@@ -224,6 +225,7 @@ def make_base(path: Path, s: toy.Settings):
 
 def training(arm: Arm, seed: int, base: Path, sizes: dict) -> Training:
     """Return what the loop of an arm needs to train from a base model."""
+    torch.manual_seed(seed)  # for the critic's head; the rest has generators of its own
     s = toy.Settings(seed=seed, **sizes)
     model = toy.load_model(base)
     layer = arm.layer
@@ -324,34 +326,41 @@ def report(lines: list[dict]) -> str:
             rows.append([f"{name} - {arm.control}", len(found[0]), *cells])
     table = common.markdown_table(["arm - control", "bases", *contrasts], rows)
     return (
-        f"{len(lines)} of {len(plan())} runs of `python -m experiments.study`; "
+        f"{len(lines)} runs of `python -m experiments.study`, whose plan has {len(plan())}; "
         f"± half of the 95% interval over base models, in points\n\n{table}"
     )
 
 
 def main(argv=None):
     """Pretrain and run what is missing; write and print the report."""
-    parser = argparse.ArgumentParser(
-        "study", description="The study of BuPO against GRPO on the toy task."
-    )
+    parser = argparse.ArgumentParser("study", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", type=Path, metavar="DIR", help="small and short, into DIR")
-    quick = parser.parse_args(argv).quick
-    if quick:
-        out, results, sizes = quick, quick / "study.jsonl", QUICK
+    parser.add_argument("--report", action="store_true", help="run nothing; only write the report")
+    args = parser.parse_args(argv)
+    if args.quick:
+        out, results, sizes = args.quick, args.quick / "study.jsonl", QUICK
         runs = [(name, 0, 300) for name in QUICK_ARMS]
     else:
         out, results, sizes = common.ROOT / "out" / "study", RESULTS, SIZES
         runs = plan()
-    out.mkdir(parents=True, exist_ok=True)
-    bases, jobs = {}, []
+    if not args.report:
+        run_missing(out, results, sizes, runs)
+    common.save_report(results, report(common.read_lines(results)))
+
+
+def run_missing(out: Path, results: Path, sizes: dict, runs: list[tuple]):
+    """Make the runs that have no record yet, and before them the base models that they need."""
+    jobs = []
     for name, base, seed in runs:
-        W = ARMS[name].W
-        path = out / f"base{base}-W{W}.pt"
-        bases[path] = toy.Settings(seed=base, internal_loss=W, **sizes)
+        path = out / f"base{base}-W{ARMS[name].W}.pt"
         jobs.append(({"arm": name, "base": base, "seed": seed}, run, name, seed, path, sizes))
+    bases = {}
+    for key, _, name, _, path, _ in common.missing_jobs(results, jobs):
+        bases[path] = toy.Settings(seed=key["base"], internal_loss=ARMS[name].W, **sizes)
+    out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(make_base, bases, bases.values()))
-    common.save_report(results, report(common.run_missing(results, jobs)))
+    common.run_missing(results, jobs)
 
 
 if __name__ == "__main__":
