@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import analyze
 import minibupo
 import train_toy as toy
-from analyze import Subject, plt
+from analyze import Run
 from experiments.common import markdown_table, with_interval
 
 # ---- seeds of one setting ----------------------------------------------------------------------
@@ -32,7 +33,7 @@ from experiments.common import markdown_table, with_interval
 NO_SETTING = {"seed", "out_dir", "base", "preset", "device", "threads", "eval_problems"}
 
 
-def group_runs(runs: list[Subject]) -> dict[str, list[Subject]]:
+def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     """Return {label: runs of one setting}.
 
     The label is the algorithm and the options in which settings differ. Seed, base model and
@@ -99,16 +100,16 @@ def result_table(groups: dict) -> str:
     return markdown_table(["setting", "runs", "steps", *heads], rows) + "\n"
 
 
-def evaluations(run: Subject) -> list[dict]:
+def evaluations(run: Run) -> list[dict]:
     """Return the eval records of a run. Raises ValueError for a damaged record."""
-    records = toy.read_metrics(run.run, "eval")
-    with toy.reading(run.run / "metrics.jsonl"):
+    records = toy.read_metrics(run.path, "eval")
+    with toy.reading(run.path / "metrics.jsonl"):
         return [
             {
                 "step": int(record["step"]),
                 "tiers": {
-                    str(int(n)): {key: float(of[key]) for key in COLUMNS.values()}
-                    for n, of in record["tiers"].items()
+                    str(int(n)): {key: float(tier[key]) for key in COLUMNS.values()}
+                    for n, tier in record["tiers"].items()
                 },
             }
             for record in records
@@ -118,6 +119,7 @@ def evaluations(run: Subject) -> list[dict]:
 # ---- training (Fig. 4, 5, 7) -------------------------------------------------------------------
 
 
+@analyze.styled
 def draw_training(groups: dict) -> dict:
     """Return {name: figure} of dynamics and refinement.
 
@@ -126,11 +128,13 @@ def draw_training(groups: dict) -> dict:
     read = {label: [analyze.read_training(run) for run in runs] for label, runs in groups.items()}
     figures = {}
     for name, panels in next(iter(read.values()))[0].items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(analyze.WIDTH, 2.3))
+        figure = Figure(figsize=(analyze.WIDTH, 2.3))
+        axes = figure.subplots(1, len(panels))
         for ax, title in zip(axes, panels):
             for i, (label, trainings) in enumerate(read.items()):
                 x, mean, std = over_seeds([training[name][title] for training in trainings])
-                ax.plot(x, mean, color=f"C{i}", label=label)
+                marker = "o" if len(x) <= 20 else ""  # shows where a curve was measured
+                ax.plot(x, mean, color=f"C{i}", marker=marker, ms=3, label=label)
                 ax.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
                 s_inter = groups[label][0].settings.s_inter
                 if s_inter:
@@ -187,12 +191,13 @@ def pass_curves(groups: dict, problems: int, samples: int) -> dict:
     return {"k": ks, "problems": problems, "samples": samples, "curves": curves}
 
 
-def draw_passk(found: dict):
+@analyze.styled
+def draw_passk(found: dict) -> Figure:
     """Return a figure of Pass@K against K: a panel for each length of problem, the base dashed."""
     curves, ks = found["curves"], found["k"]
     tiers = sorted({n for by_tier in curves.values() for n in by_tier})
-    size = (analyze.WIDTH, 2.3)
-    figure, axes = plt.subplots(1, len(tiers), figsize=size, sharey=True, squeeze=False)
+    figure = Figure(figsize=(analyze.WIDTH, 2.3))
+    axes = figure.subplots(1, len(tiers), sharey=True, squeeze=False)
     for ax, n in zip(axes[0], tiers):
         for i, (label, by_tier) in enumerate(curves.items()):
             if n in by_tier:
@@ -215,10 +220,10 @@ def draw_passk(found: dict):
 
 def compare(args):
     """Make what the command line asks for. Raises ValueError for a run that is not finished."""
-    runs = [analyze.read_run(path, device=args.device) for path in args.runs]
+    runs = [Run(path, device=args.device) for path in args.runs]
     for run in runs:
-        if len(toy.read_metrics(run.run, "eval")) < 2:
-            raise ValueError(f"{run.run} has no evaluation after RL: it cannot be compared")
+        if len(toy.read_metrics(run.path, "eval")) < 2:
+            raise ValueError(f"{run.path} has no evaluation after RL: it cannot be compared")
     groups = group_runs(runs)
     if "table" in args.make:
         table = result_table(groups)
@@ -249,7 +254,7 @@ def main(argv=None) -> int:
     try:
         if args.samples < 1 or args.problems < 1:
             raise ValueError("--samples and --problems must be at least 1")
-        with plt.style.context(analyze.STYLE), torch.no_grad():
+        with torch.no_grad():
             compare(args)
         return 0
     except (ValueError, OSError) as error:
