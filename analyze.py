@@ -85,16 +85,14 @@ class Run:
         self.settings = toy.read_settings(self.path)
         self.device = toy.pick_device(device)
         self.checkpoint = checkpoint
-        # the names of all checkpoints of this run, in the order of training
-        self.checkpoints = [name for name, file in CHECKPOINTS.items() if self._has(file)]
+        # the checkpoints that this run has, in the order of training
+        files = {name: self.path / file for name, file in CHECKPOINTS.items()}
+        self.checkpoints = [name for name, file in files.items() if file.is_file()]
         self.folder = Path(folder or self.path / "figures")
         self.eos_id = toy.EOS
         self.response_limit = self.settings.response_limit
         self.decode = toy.ENCODING.decode
         torch.set_num_threads(self.settings.threads)
-
-    def _has(self, file: str) -> bool:
-        return (self.path / file).is_file()
 
     def file_of(self, name: str) -> Path:
         """Return the file of a checkpoint. Raise ValueError if the run does not have it."""
@@ -607,7 +605,8 @@ def question_for_step(subject: Subject, model, prompt, responses, rewards) -> Ro
     rows, prompt_len = zip(*(subject.encode(prompt, response) for response in responses))
     tokens, end = toy.padded(list(rows), model.device, value=0)
     prompt_len = torch.tensor(prompt_len, device=model.device)
-    return Rollouts(tokens, prompt_len, end, torch.tensor([rewards], device=model.device))
+    rewards = torch.tensor([rewards], dtype=torch.float32, device=model.device)
+    return Rollouts(tokens, prompt_len, end, rewards)
 
 
 def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> StepResult:
@@ -769,12 +768,12 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> tuple[Parser, dict]:
     """Return the parser of the command line, and the parser of each command's own options."""
-    text = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = Parser("analyze.py", **text, allow_abbrev=False)
+    parser = Parser("analyze.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, function in COMMANDS.items():
-        text = function.__doc__.split("\n\n")[0]
-        add = commands.add_parser(name, description=text, allow_abbrev=False).add_argument
+        summary = function.__doc__.split("\n\n")[0]
+        add = commands.add_parser(name, description=summary, allow_abbrev=False).add_argument
         if name in OF_A_RUN:
             add("source", metavar="RUN", help="directory of a run")
         else:
@@ -782,10 +781,9 @@ def make_parser() -> tuple[Parser, dict]:
             add("prompt", nargs="?", metavar="PROMPT", help=f"such as {EXAMPLE}")
             add("--prompt", dest="prompt_option", metavar="PROMPT", help="the same as an option")
             default = "final" if name in OF_THE_FINAL_MODEL else "base"
-            text = f"model of the run to look at (default: {default})"
-            add("--checkpoint", choices=CHECKPOINTS, help=text)
+            add("--checkpoint", choices=CHECKPOINTS, help=f"model of a run (default: {default})")
             types = ("float32", "bfloat16", "float16")
-            add("--dtype", choices=types, help="of a language model (default: float32)")
+            add("--dtype", choices=types, help="type of a language model (default: float32)")
         if name in ("entropy", "writes", "lens"):
             add("--text", help="response to look at (default: the model's own)")
         if name in ("sample", "step"):

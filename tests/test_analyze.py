@@ -51,6 +51,12 @@ def opened(*argv):
     return found["subject"]
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are drawn but not rendered, which takes most of the time. Their files are empty."""
+    monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **options: None)
+
+
 # ---- entropy, writes ----
 
 
@@ -64,7 +70,7 @@ def entropy64(h, E):
     return np.array(values)
 
 
-def test_entropy_json_is_the_direct_computation(finished, tmp_path):
+def test_entropy_json_is_the_direct_computation(finished, tmp_path, unrendered):
     options = ["--prompt", PROMPT, "--text", TEXT, "--out", tmp_path]
     assert run("entropy", finished, *options) == 0
     found = json.loads((tmp_path / "entropy.json").read_text())
@@ -96,9 +102,11 @@ def test_entropy_json_is_the_direct_computation(finished, tmp_path):
     assert found["target_layer"] == (raising[-1] if raising else None)
 
 
-def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_widens(copied, capsys):
+def test_one_position_has_no_standard_error_and_narrowing_ffns_no_target_layer(
+    copied, capsys, unrendered
+):
     model = toy.load_model(copied / "base.pt")
-    for block in model.blocks:  # an FFN that writes one vector with a huge logit is sure
+    for block in model.blocks:  # an FFN that writes one vector with a huge logit is confident
         torch.nn.init.constant_(block.mlp.down.weight, 0.0)
         block.mlp.down.weight.data[0] = 1e3
     toy.save_checkpoint(copied / "base.pt", model)
@@ -108,7 +116,7 @@ def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_wide
     assert (found["positions"], found["layer_sem"], found["target_layer"]) == (1, None, None)
 
 
-def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys):
+def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys, unrendered):
     """The model of a run, saved as a Qwen3 of transformers, gives what the run gives."""
     pytest.importorskip("trl", reason="the extra `hf` is not installed")
     from experiments import trl_peer
@@ -314,7 +322,7 @@ def test_lens_takes_any_token(copied, tmp_path):
     assert '"note":""' in page  # no policy says <pad>
 
 
-def test_lens_explains_a_padding_token(copied, monkeypatch):
+def test_lens_explains_a_padding_token(copied, monkeypatch, unrendered):
     """If a policy says <pad>, the page and the picture explain it."""
     lines = []
     monkeypatch.setattr(analyze.Figure, "supxlabel", lambda _, text, **style: lines.append(text))
@@ -352,7 +360,7 @@ make("pre", JSON.stringify(found), document.body).id = "found";
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_lens_page_in_a_browser(finished, tmp_path):
+def test_lens_page_in_a_browser(finished, tmp_path, unrendered):
     assert run("lens", finished, PROMPT, "--text", TEXT, "--out", tmp_path) == 0
     page = tmp_path / "lens.html"
     page.write_text(page.read_text().replace("</script>\n</body>", READER))
@@ -395,7 +403,7 @@ def figure_of_others():
     plt.switch_backend(before)
 
 
-def test_everything_of_a_run(copied, figure_of_others):
+def test_everything_of_a_run(copied, figure_of_others, request):
     """All files are written. Neither importing analyze.py nor drawing changes the backend, the
     style or the open figures of a notebook."""
     style = dict(plt.rcParams)
@@ -409,6 +417,7 @@ def test_everything_of_a_run(copied, figure_of_others):
     expected = {"lens", "dynamics", "refinement", *figures, *(f"final/{f}" for f in figures)}
     texts = {"entropy.json", "final/entropy.json", "lens.html", "step.txt"}
     assert made == {f"{name}.png" for name in expected} | texts
+    request.getfixturevalue("unrendered")  # from here on only the texts are looked at
     for name, *argv in (  # the lens shows the trained model, the step trains the base
         ("final/entropy.json", "entropy", "--checkpoint", "final"),
         ("lens.html", "lens"),
@@ -443,7 +452,7 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
     assert of_pi_theta.startswith(" pi_theta") and f"'{PROMPT}" not in printed
 
 
-def test_a_run_that_was_stopped_early(copied, capsys):
+def test_a_run_that_was_stopped_early(copied, capsys, unrendered):
     (copied / "ckpt.pt").unlink()
     assert run("all", copied) == 2 and "ckpt.pt" in capsys.readouterr().err
     assert (copied / "figures" / "entropy_flow.png").exists()
