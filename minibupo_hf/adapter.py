@@ -166,9 +166,16 @@ class HFModel(LanguageModel):
 
         self.n_layer = len(self.blocks)
         self.vocab_size = len(self.lm_head.weight)
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
-        self.context_length = limit or 2**31  # some models have no limit
+        self.context_length = context_length(self.decoder.config)
+        # a chat model ends its turn with one token, and a text with another
+        self.eos_ids = as_list(lm.generation_config.eos_token_id)
         self._check_model()
+
+    def generate(self, prompt, max_new_tokens, *, eos_id=None, **options):
+        """LanguageModel's. Unless eos_id is None, eos_ids end a response as well."""
+        if eos_id is not None:
+            eos_id = as_list(eos_id) + self.eos_ids
+        return super().generate(prompt, max_new_tokens, eos_id=eos_id, **options)
 
     def residual(self, tokens, layer: int):
         self._check_tokens(tokens)
@@ -244,6 +251,10 @@ class HFModel(LanguageModel):
             h = self.residual(tokens, l)
             self._require(h, trace.resid_post, f"layer {l} on its own gives another H^{l}")
         self._require(theirs, self(tokens), "H^L gives other logits")
+        changed = tokens.clone()
+        changed[0, -1] = 0
+        before = self(changed)[:, :-1]
+        self._require(theirs[:, :-1], before, "what follows a token changes its logits")
 
         # An unembedding that caps or scales its logits shows when they are large. Any vectors will
         # do, at a size that spreads their logits by 100.
@@ -290,6 +301,24 @@ def _shallow_copy(module):
     copied = copy.copy(module)
     copied._modules = module._modules.copy()  # nn.Module's own dict of children, else shared
     return copied
+
+
+def as_list(ids) -> list[int]:
+    """Token ids as transformers has them, None or one or several, as a list."""
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def context_length(config) -> int:
+    """The longest sequence that a model reads with one set of positions; 2^31 without a limit."""
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # one set, or one for each kind of attention
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            # beyond it all positions are turned otherwise, those before it as well
+            limit = min(limit, parameters["original_max_position_embeddings"])
+    return limit
 
 
 class KVCache(dict):

@@ -259,3 +259,51 @@ def test_a_text_that_nobody_wrote_is_refused():
             encode_chat(tokenizer, prompt, response)
     with pytest.raises(ValueError, match="reads 'x' as"):
         encode_text(sentencepiece(), "x")
+
+
+# ---- ends, and what stands before a token --------------------------------------------------------
+
+
+def test_any_end_of_the_model_ends_a_response():
+    lm = build(**TIED)
+    sampled = HFModel(lm).generate(TOKENS, 6, temperature=0, eos_id=None).tokens[:, 12:].tolist()
+    other = sampled[0][2]
+    for ends in other, [36, other]:
+        lm.generation_config.eos_token_id = ends
+        model = HFModel(lm)
+        found = model.generate(TOKENS, 6, temperature=0, eos_id=36)
+        for row, end in zip(sampled, found.end.tolist()):
+            lengths = [i for i, token in enumerate(row, 1) if token in (36, other)]
+            assert end == 12 + min(lengths, default=6)
+        assert found.end[0] < 18
+        both = model.generate(TOKENS, 6, temperature=0, eos_id=[36, 35])
+        assert (both.end <= found.end).all() and model.truncated(2).eos_ids == model.eos_ids
+    assert model.generate(TOKENS, 6, temperature=0).end.tolist() == [18] * 4
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    HFModel(build("Gemma3Text", head_dim=8))
+    with pytest.raises(ValueError, match="what follows a token changes its logits"):
+        HFModel(build("Gemma3Text", head_dim=8, use_bidirectional_attention=True))
+
+
+LONGROPE = dict(rope_type="longrope", rope_theta=100.0, short_factor=[1.0] * 4)
+LONGROPE |= dict(long_factor=[4.0] * 4, original_max_position_embeddings=16)
+
+
+@torch.no_grad()
+def test_longrope_is_used_up_to_where_it_changes():
+    """Up to there a token more changes nothing before it, and the cache gives the same."""
+    lm = build("Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=16).eval()
+    tokens = TOKENS.repeat(1, 2)
+    model = HFModel(lm)
+    assert model.context_length == 16
+    torch.testing.assert_close(model(tokens[:, :15]), model(tokens[:, :16])[:, :15])
+    sampled = model.generate(tokens[:, :10], 6, temperature=0).tokens
+    assert torch.equal(sampled[:, 10:], model(sampled[:, :-1])[:, 9:].argmax(-1))
+    beyond = lm(tokens[:, :17]).logits[:, :16]  # transformers' own turns all positions otherwise
+    assert not torch.allclose(beyond, model(tokens[:, :16]), atol=0.1)
+    with pytest.raises(ValueError, match="17 tokens are longer than context_length = 16"):
+        model(tokens[:, :17])
+    with pytest.raises(ValueError, match="a prompt of 10 and 7 new tokens outgrow"):
+        model.generate(tokens[:, :10], 7)
