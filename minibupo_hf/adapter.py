@@ -279,23 +279,6 @@ def require_close(a, b, otherwise: str):
         raise ValueError(otherwise)
 
 
-@torch.no_grad()
-def require_left_padding(lm):
-    """Raise ValueError unless lm gives a prompt the same logits when it is padded on the left.
-
-    TRL pads so, and passes no positions. A model with learned positions, like GPT-2, counts them
-    from the padding, and would be trained on other log-probabilities than it was sampled with.
-    """
-    lm.eval()
-    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
-    mask = torch.ones_like(tokens)
-    mask[:, :3] = 0
-    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
-    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
-    name = type(lm).__name__
-    require_close(alone, padded, f"{name} cannot be trained by TRL: it needs positions if padded")
-
-
 def _shallow_copy(module):
     """A copy with the same children, of which it can be given others."""
     copied = copy.copy(module)
@@ -330,7 +313,56 @@ class KVCache(dict):
         return self
 
 
-# ---- reading a model, and encoding text for it ---------------------------------------------------
+# ---- what TRL does with a model ------------------------------------------------------------------
+
+
+def remove_dropout(lm):
+    """Set all dropout to 0, because TRL scores responses in training mode.
+
+    With dropout, the first ratios of a batch would not be 1.
+    """
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def check_for_trl(lm):
+    """Raise ValueError for a model that TRL would score otherwise than it is.
+
+    TRL pads prompts on the left and passes no positions. So a model with learned positions, like
+    GPT-2, would count them from the padding.
+    """
+    name = f"{type(lm).__name__} cannot be trained by TRL"
+    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
+    in_training = lm.train()(input_ids=tokens, use_cache=False).logits
+    alone = lm.eval()(input_ids=tokens, use_cache=False).logits
+    require_close(alone, in_training, f"{name}: it gives other logits in training mode")
+
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
+    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
+    require_close(alone, padded, f"{name}: it needs positions if its prompts are padded")
+
+
+def prepare_to_save(generation_config):
+    """Make a generation_config one that transformers will save after the last step.
+
+    Llama 2 and Vicuna have a temperature without do_sample, which transformers refuses to save.
+    Raises ValueError if something else is wrong with it.
+    """
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
+        generation_config.validate(strict=True)
+
+
+# ---- reading a model -----------------------------------------------------------------------------
 
 
 def load(source, dtype: str = "float32", device="cpu"):

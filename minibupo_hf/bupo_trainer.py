@@ -16,12 +16,32 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
-from minibupo_hf.adapter import HFModel, find_parts, require_left_padding, truncated, watching
+from minibupo_hf.adapter import (
+    HFModel,
+    check_for_trl,
+    find_parts,
+    prepare_to_save,
+    remove_dropout,
+    truncated,
+    watching,
+)
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
     raise ImportError(
         f'minibupo_hf needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"'
     )
+
+
+TITLE = (
+    "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies"
+)
+CITATION = f"""@article{{tan2025bupo,
+  title   = {{{TITLE}}},
+  author  = {{Tan, Yuqiao and Wang, Minzheng and He, Shizhu and Liao, Huanxuan and
+             Zhao, Chengfeng and Lu, Qiunan and Liang, Tian and Zhao, Jun and Liu, Kang}},
+  journal = {{arXiv preprint arXiv:2512.19673}},
+  year    = {{2025}},
+}}"""
 
 
 class NoLayerError(ValueError):
@@ -85,17 +105,26 @@ class BuPOTrainer(GRPOTrainer):
     ValueError for an invalid layer and, except under DeepSpeed, for a model that HFModel refuses.
     """
 
+    # TRL writes these into the card of the model
+    _name = "BuPO"
+    _tag_names = ["trl", "grpo", "bupo"]
+    _paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layer = self.args.bupo_layer
         self.phase = 2
         self._count_minibatches()
         lm = self.accelerator.unwrap_model(self.model)
+        prepare_to_save(lm.generation_config)
+        remove_dropout(lm)
         # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
         whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled
         if whole:
-            require_left_padding(lm)
+            check_for_trl(lm)
         if self.args.bupo_steps == 0:
+            self._name = GRPOTrainer._name  # for the model card
+            self._paper = GRPOTrainer._paper
             return
         self.add_callback(AtTheStart(self))
         L = find_parts(lm)[0].config.num_hidden_layers

@@ -33,6 +33,7 @@ from tests.test_hf import (
     build,
     differ,
     even,
+    logged,
     prompts,
     save,
     trained,
@@ -307,3 +308,36 @@ def test_longrope_is_used_up_to_where_it_changes():
         model(tokens[:, :17])
     with pytest.raises(ValueError, match="a prompt of 10 and 7 new tokens outgrow"):
         model.generate(tokens[:, :10], 7)
+
+
+DROPS = {
+    "Qwen2": dict(attention_dropout=0.5),  # a number, used in training mode
+    "GPTNeoX": dict(attention_dropout=0.5, hidden_dropout=0.5),  # and modules
+}
+
+
+@pytest.mark.parametrize("family", DROPS)
+def test_no_dropout_in_the_ratio(tmp_path, family):
+    """With a learning rate of 0 all ratios are 1."""
+    lm = build(family, **DROPS[family])
+    with torch.no_grad():
+        one, other = (lm.train()(TOKENS).logits for _ in range(2))
+    assert not torch.allclose(one, other, atol=0.1)
+    bupo_steps = 1 if family == "Qwen2" else 0  # phase 1 refuses the other's parallel blocks
+    options = dict(bupo_steps=bupo_steps, bupo_layer=2, max_steps=4, learning_rate=0.0)
+    trainer = trained(tmp_path, lm=lm, **options)
+    assert logged(trainer, "clip_ratio/region_mean") == [0] * 4
+
+
+class Jitter(torch.nn.Module):
+    """Noise in training mode that no option removes."""
+
+    def forward(self, h):
+        return h + self.training
+
+
+def test_a_model_that_differs_in_training_mode_is_refused(tmp_path):
+    lm = build(**TIED)
+    lm.model.norm = torch.nn.Sequential(lm.model.norm, Jitter())
+    with pytest.raises(ValueError, match="it gives other logits in training mode"):
+        trained(tmp_path, lm=lm, max_steps=1)
