@@ -377,7 +377,7 @@ def load(source, dtype: str = "float32", device="cpu"):
     return HFModel(lm.to(device)), tokenizer
 
 
-def load_lm(source, dtype: str = "float32", revision="main", **options):
+def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, **options):
     """(transformers' model, tokenizer), not yet opened; `options` are AutoModelForCausalLM's.
 
     If the source is a PEFT adapter, the model is a PeftModel that can be trained. Raises
@@ -399,9 +399,9 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
         elif transformers.utils.find_adapter_config_file(str(source), revision=revision):
-            return _load_adapter(str(source), dtype, revision, **options)
+            return _load_adapter(str(source), dtype, revision, trust_remote_code, **options)
         else:
-            file = {"revision": revision}
+            file = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = _load_tokenizer(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
@@ -409,17 +409,17 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
         if path.suffix == ".gguf":
             _finish_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
-        raise ValueError(f"transformers cannot read {path}: {_one_line(error)}") from error
+        raise ValueError(f"transformers cannot read {path}: {one_line(error)}") from error
     return lm, tokenizer
 
 
-def _load_adapter(source: str, dtype: str, revision: str, **options):
+def _load_adapter(source: str, dtype: str, revision: str, trust_remote_code: bool, **options):
     """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
     import peft
 
     config = peft.PeftConfig.from_pretrained(source, revision=revision)
     base = config.base_model_name_or_path
-    lm, tokenizer = load_lm(base, dtype, config.revision or "main", **options)
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", trust_remote_code, **options)
     given = {"is_trainable": True, "revision": revision}
     lm = peft.PeftModel.from_pretrained(lm, source, **given)
     report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
@@ -540,7 +540,7 @@ def apply_template(tokenizer, messages) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the chat template fails: {_one_line(error)}") from error
+        raise ValueError(f"the chat template fails: {one_line(error)}") from error
     if messages[-1]["content"] not in text:
         raise ValueError(f"the chat template makes {text!r} of {messages[-1]['content']!r}")
     return text
@@ -575,7 +575,7 @@ def _text_of(tokenizer, ids) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def _one_line(error: Exception) -> str:
-    """What an error says, as one line of at most 300 characters."""
+def one_line(error: Exception) -> str:
+    """What an error says, as one line of at most 1000 characters."""
     said = str(error).strip() or type(error).__name__
-    return textwrap.shorten(said, 300, placeholder=" ...")
+    return textwrap.shorten(said, 1000, placeholder=" ...")

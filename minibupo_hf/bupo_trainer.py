@@ -44,6 +44,10 @@ CITATION = f"""@article{{tan2025bupo,
 }}"""
 
 
+AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"]
+AT_LEAST_1 += ["steps_per_generation", "num_generations", "max_completion_length"]
+
+
 class NoLayerError(ValueError):
     """The paper's rule names no layer for this model."""
 
@@ -69,6 +73,12 @@ class BuPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        for name in AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
@@ -230,7 +240,8 @@ class BuPOTrainer(GRPOTrainer):
         batch = batch_size or len(input_ids)
         # About 64 positions are unembedded at a time. Every rank takes as many pieces, because
         # ZeRO-3 gathers the unembedding for each.
-        pieces = 1 + batch * self.max_completion_length // 64
+        longest = self.accelerator.gather(torch.tensor([keep], device=input_ids.device)).max()
+        pieces = 1 + batch * (self.max_completion_length or int(longest)) // 64
         changes = []  # a sum over positions for each layer of each batch
 
         def add(trace):  # of one layer, for the rows that run, whose response is mask
@@ -249,4 +260,6 @@ class BuPOTrainer(GRPOTrainer):
         changes = torch.stack(changes).view(-1, len(blocks)).sum(0)
         positions = attention_mask[:, -keep:].sum()
         sums = self.accelerator.reduce(torch.cat([changes, positions[None]]))
+        if sums[-1] == 0:  # mask_truncated_completions leaves out what has not finished
+            raise NoLayerError("no response has finished: set bupo_layer, or let them be longer")
         return sums[:-1] / sums[-1]
