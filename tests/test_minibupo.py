@@ -194,22 +194,22 @@ HUGE = math.exp(20)
     ],
 )
 def test_surrogate_of_one_token(advantage, log_ratio, objective, slope, cut):
-    """Value, d objective / d logp, and whether it counts as cut off."""
+    """Value, d objective / d logp, and whether it counts as clipped."""
     logp = torch.tensor([[-1.0 + log_ratio]], dtype=torch.float64, requires_grad=True)
     old, A = torch.tensor([[-1.0]]).double(), torch.tensor([advantage]).double()
-    loss, cut_off = minibupo.surrogate(logp, old, A, torch.tensor([[True]]))
+    loss, clipped = minibupo.surrogate(logp, old, A, torch.tensor([[True]]))
     loss.backward()
     assert loss.item() == pytest.approx(-objective, rel=1e-9)
     assert logp.grad.item() == pytest.approx(-slope, rel=1e-9)
-    assert cut_off.item() == cut
+    assert clipped.item() == cut
 
 
 def test_nothing_outside_the_mask_matters():
     logp = torch.tensor([[0.1, math.nan, math.inf, 0.5]], requires_grad=True)
     old, mask = torch.tensor([[0, 0, -math.inf, 0]]), torch.tensor([[True, False, False, False]])
-    loss, cut_off = minibupo.surrogate(logp, old, torch.tensor([1.0]), mask)
+    loss, clipped = minibupo.surrogate(logp, old, torch.tensor([1.0]), mask)
     loss.backward()
-    assert loss.item() == pytest.approx(-math.exp(0.1)) and cut_off.item() == 0
+    assert loss.item() == pytest.approx(-math.exp(0.1)) and clipped.item() == 0
     assert logp.grad[0, 1:].eq(0).all()
 
 
@@ -335,25 +335,40 @@ def test_no_step_without_advantages_and_none_that_is_not_finite():
 
 
 @pytest.mark.parametrize("s_inter,stop", [(0, 5), (2, 5), (5, 5), (2, 1), (2, 2), (2, 3)])
-def test_bupo_is_a_loop_over_updates_bit_for_bit(s_inter, stop):
-    """AdamW starts afresh at the switch alone. Stopped after a step, bupo goes on from the next."""
+def test_algorithm_1_bit_for_bit(s_inter, stop):
+    """AdamW starts afresh at the switch only. A run stopped after a step resumes with the next."""
     plain, model = tiny(), tiny()
     optimizer, expected = adamw(plain), []
     for step in range(1, 6):
         policy = Policy(2) if step <= s_inter else FULL
         if 0 < s_inter == step - 1:
             optimizer = adamw(plain, warm=False)
-        batch = rollouts(plain, seed=step)
-        log = minibupo.update(plain, optimizer, batch, policy, minibatches=2)
+        log = minibupo.update(plain, optimizer, rollouts(plain, seed=step), policy, minibatches=2)
         expected.append((step, policy, log))
 
-    sample = lambda step: rollouts(model, seed=step)  # noqa: E731
-    args = (model, adamw(model), sample, Policy(2), s_inter, 5)
-    first = minibupo.bupo(*args, minibatches=2)
-    found = [*itertools.islice(first, stop), *minibupo.bupo(*args, start=stop + 1, minibatches=2)]
-    assert [(step, policy, log) for step, policy, _, log in found] == expected
-    assert torch.equal(found[-1][2].tokens, batch.tokens)
+    optimizer, found = adamw(model), []
+    first = itertools.islice(minibupo.phases(optimizer, Policy(2), s_inter, 5), stop)
+    rest = minibupo.phases(optimizer, Policy(2), s_inter, 5, start=stop + 1)
+    for step, policy in itertools.chain(first, rest):
+        log = minibupo.update(model, optimizer, rollouts(model, seed=step), policy, minibatches=2)
+        found.append((step, policy, log))
+    assert found == expected
     assert same_bits(weights(plain), weights(model))
+
+
+@pytest.mark.parametrize("start,reset", [(1, [3]), (3, [3]), (4, [])])
+def test_moments_are_reset_immediately_before_phase_2(start, reset):
+    """Not before, and never later: a run that resumes in phase 2 keeps the moments it has."""
+    optimizer, found = adamw(tiny()), []
+    for step, policy in minibupo.phases(optimizer, Policy(2), 2, 6, start=start):
+        if not optimizer.state:
+            found.append(step)
+            optimizer.state["moments"] = "of this step"
+        assert policy == (Policy(2) if step <= 2 else FULL)
+    assert found == reset
+    kept = adamw(tiny())
+    assert [*minibupo.phases(kept, Policy(2), 2, 4, reset_moments=False)][-1] == (4, FULL)
+    assert kept.state
 
 
 # ---- measures ----
@@ -384,9 +399,9 @@ def inside_by_hand(model, traces, i, t):
         "mlp_in": [H(x.mlp_in) for x in layers],
         "attn": [H(x.attn_out) for x in layers],
         "mlp": [H(x.mlp_out) for x in layers],
-        "d_attn": [H(x.attn_out) - H(x.attn_in) for x in layers],
-        "d_mlp": [H(x.mlp_out) - H(x.mlp_in) for x in layers],
-        "d_layer": [H(x.resid_post) - H(x.resid_pre) for x in layers],
+        "dH_attn": [H(x.attn_out) - H(x.attn_in) for x in layers],
+        "dH_mlp": [H(x.mlp_out) - H(x.mlp_in) for x in layers],
+        "dH_layer": [H(x.resid_post) - H(x.resid_pre) for x in layers],
         "cos_attn": [cos(x.attn_out, x.resid_pre) for x in layers],
         "cos_mlp": [cos(x.mlp_out, x.resid_mid) for x in layers],
         "rms_attn": [rms(x.attn_out) for x in layers],
@@ -449,8 +464,8 @@ CANNOT_BE = [
     lambda _: minibupo.group_advantages(torch.ones(4, 2), "ppo"),
     lambda _: minibupo.surrogate(A := torch.ones(1, 1), A, A[0], A.bool(), average="mean"),
     *[lambda m, n=n: minibupo.update(m, sgd(m), rollouts(m), minibatches=n) for n in (0, 7)],
-    lambda m: next(minibupo.bupo(m, sgd(m), None, Policy(1), -1, 3)),
-    lambda m: next(minibupo.bupo(m, sgd(m), None, Policy(1), 1, 3, start=0)),
+    lambda m: next(minibupo.phases(sgd(m), Policy(1), -1, 3)),
+    lambda m: next(minibupo.phases(sgd(m), Policy(1), 1, 3, start=0)),
     lambda m: minibupo.look_inside(m, torch.ones(1, 3).long(), torch.zeros(1, 2).bool()),
     *[lambda _, k=k: minibupo.pass_at_k(4, 2, k) for k in (0, 5)],
     *[lambda _, c=c: minibupo.pass_at_k(4, c, 2) for c in (5, [1, -1])],
