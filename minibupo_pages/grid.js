@@ -3,11 +3,7 @@
 // of the cell that is pointed at. Texts enter the page as textContent, so they never become HTML.
 
 const $ = id => document.getElementById(id);
-const SITES = {
-  resid_post: "layer policy, H",
-  attn_out: "attention policy, A",
-  mlp_out: "FFN policy, F",
-};
+const SITES = {resid_post: "stream H", attn_out: "attention A", mlp_out: "FFN F"};
 
 function make(tag, text, parent) {
   const node = document.createElement(tag);
@@ -24,18 +20,19 @@ const text_colour = share => (share < 0.44 ? "white" : "black");  // the one wit
 
 class Grid {
   // cell(site, view, layer, position) returns [entropy, [token, p], ...], the likeliest token first, or
-  // undefined if there is no such policy. With pi_theta, H has one more column, of number L + 1.
+  // undefined if there is no such policy: the embedding has no attention and no FFN. `views` has their
+  // names. With pi_theta, the stream has one more column, number L + 1.
   constructor({n_layer, log_vocab, views, cell, pi_theta = false}) {
     Object.assign(this, {n_layer, log_vocab, views, cell, pi_theta});
     this.at = null;  // the cell pointed at: {layer, position, site}
-    // Only moves count: a browser also says "over" if the cell under a resting pointer is repainted.
+    // Not "pointerover": a browser also fires it when the cell under a resting pointer is repainted.
     for (const kind of ["pointermove", "click"]) {
       $("panels").addEventListener(kind, event => {
         const {layer, position, site} = event.target.dataset;
         if (position !== undefined) this.point(+layer, +position, site);
       });
     }
-    $("logV").textContent = log_vocab.toFixed(2);
+    $("log_vocab").textContent = log_vocab.toFixed(2);
     $("scale").style.background = `linear-gradient(90deg, ${colour(0)}, ${colour(1)})`;
   }
 
@@ -45,26 +42,27 @@ class Grid {
   }
 
   name(layer) {
-    return layer > this.n_layer ? "π" : layer === 0 ? "emb" : String(layer);
+    return layer > this.n_layer ? "π" : layer === 0 ? "emb." : String(layer);
   }
 
-  // A row is a position, at which a token is read and the next one said. A line separates rows before `first`.
-  show(read, said, first = 0) {
-    Object.assign(this, {read, said, tds: {}});
+  // Draw a row for each position, with the token read there and the token that follows. A line is drawn
+  // above the row `first`.
+  show(tokens, next_tokens, first = 0) {
+    Object.assign(this, {tokens, next_tokens, tds: {}});
     $("panels").replaceChildren();
     for (const site in SITES) {
       const table = make("table", null, $("panels"));
       table.className = "grid";
-      make("caption", `${SITES[site]} by layer`, table);
+      make("caption", `${SITES[site]}, by layer`, table);
       const head = make("tr", null, make("thead", null, table));
       for (const text of ["read", "next", ...this.layers(site).map(layer => this.name(layer))])
         make("th", text, head).scope = "col";
       const body = make("tbody", null, table);
-      for (let position = 0; position < read.length; position++) {
+      for (let position = 0; position < tokens.length; position++) {
         const row = make("tr", null, body);
         if (position === first && position > 0) row.className = "first";
-        make("th", read[position], row).scope = "row";
-        make("th", said[position] ?? "", row);
+        make("th", tokens[position], row).scope = "row";
+        make("th", next_tokens[position] ?? "", row);
         for (const layer of this.layers(site)) {
           const td = make("td", null, row);
           Object.assign(td.dataset, {site, layer, position});
@@ -72,8 +70,8 @@ class Grid {
         }
       }
     }
-    if (this.at) this.at.position = Math.min(this.at.position, read.length - 1);
-    if (read.length === 0) this.at = null;
+    if (this.at) this.at.position = Math.min(this.at.position, tokens.length - 1);
+    if (tokens.length === 0) this.at = null;
   }
 
   paint(view) {
@@ -84,7 +82,7 @@ class Grid {
       td.textContent = token;
       td.style.background = colour(share);
       td.style.color = text_colour(share);
-      td.classList.toggle("said", token === this.said[position]);
+      td.classList.toggle("same", token === this.next_tokens[position]);
     }
     this.mark(true);
     this.tell();
@@ -96,7 +94,7 @@ class Grid {
   }
 
   point(layer, position, site = this.at?.site) {
-    const highest = this.layers("resid_post").at(-1), last = this.read.length - 1;
+    const highest = this.layers("resid_post").at(-1), last = this.tokens.length - 1;
     layer = Math.min(highest, Math.max(0, layer));
     position = Math.min(last, Math.max(0, position));
     if (last < 0 || (this.at && this.at.layer === layer && this.at.position === position && this.at.site === site)) return;
@@ -117,18 +115,19 @@ class Grid {
   tell() {  // the five likeliest tokens of all policies of the cell pointed at
     $("detail").replaceChildren();
     if (!this.at) return;
-    const {layer, position} = this.at, next = this.said[position];
+    const {layer, position} = this.at, next = this.next_tokens[position];
     const names = {0: "layer 0 (embedding)", [this.n_layer + 1]: "pi_theta"};
-    $("where").textContent = `${names[layer] ?? `layer ${layer}`}, position ${position + 1} of ${this.read.length}: `
-      + `reads "${this.read[position]}"` + (next === undefined ? "" : `, to be followed by "${next}"`);
+    $("where").textContent = `${names[layer] ?? `layer ${layer}`}, position ${position + 1} of ${this.tokens.length}: `
+      + `the last token read is "${this.tokens[position]}"`
+      + (next === undefined ? "" : `, the one that follows is "${next}"`);
     for (const site in SITES) {
-      for (const view of this.views) {
+      for (const view in this.views) {
         const found = this.cell(site, view, layer, position);
-        if (!found || (layer > this.n_layer && view !== this.views[0])) continue;
+        if (!found || (layer > this.n_layer && view !== Object.keys(this.views)[0])) continue;
         const table = make("table", null, $("detail"));
         table.id = `${site}-${view}`;
         table.style.order = site === this.at.site ? 0 : 1;  // those of the cell pointed at come first
-        const title = layer > this.n_layer ? "pi_theta" : `${SITES[site]}, ${view}`;
+        const title = layer > this.n_layer ? "pi_theta" : `${SITES[site]}, ${this.views[view]}`;
         make("caption", `${title}: ${found[0].toFixed(2)} nats`, table);
         for (const [token, p] of found.slice(1)) {
           const row = make("tr", null, table);

@@ -128,7 +128,8 @@ function cell(site, view, layer, position) {  // what Grid shows: [entropy, [tok
   return [entropy(by_position[position]), ...likeliest(pi, 5).map(token => [words[token].replace(/[<>]/g, ""), pi[token]])];
 }
 
-const grid = new Grid({n_layer: L, log_vocab, views: VIEWS, cell, pi_theta: true});
+const view_names = {raw: "raw", normed: "final norm", scaled: `scaled to H^${L}`};
+const grid = new Grid({n_layer: L, log_vocab, views: view_names, cell, pi_theta: true});
 
 function draw_inside(response) {  // the grid and the entropies of the text and its response
   const all = [...tokens, ...response.map(({token}) => token)];
