@@ -37,7 +37,8 @@ class Grid {
   }
 
   layers(site) {
-    const first = site === "resid_post" ? 0 : 1, last = this.n_layer + (this.pi_theta && first === 0);
+    const stream = site === "resid_post";
+    const first = stream ? 0 : 1, last = stream && this.pi_theta ? this.n_layer + 1 : this.n_layer;
     return Array.from({length: last - first + 1}, (_, i) => first + i);
   }
 
@@ -75,6 +76,7 @@ class Grid {
   }
 
   paint(view) {
+    this.view = view;
     for (const td of Object.values(this.tds)) {
       const {site, layer, position} = td.dataset;
       const [entropy, [token]] = this.cell(site, view, +layer, +position);
@@ -93,7 +95,7 @@ class Grid {
     for (const site in SITES) this.tds[[site, this.at.layer, this.at.position]]?.classList.toggle("at", on);
   }
 
-  point(layer, position, site = this.at?.site) {
+  point(layer, position, site = this.at?.site ?? "resid_post") {
     const highest = this.layers("resid_post").at(-1), last = this.tokens.length - 1;
     layer = Math.min(highest, Math.max(0, layer));
     position = Math.min(last, Math.max(0, position));
@@ -120,6 +122,8 @@ class Grid {
     $("where").textContent = `${names[layer] ?? `layer ${layer}`}, position ${position + 1} of ${this.tokens.length}: `
       + `the last token read is "${this.tokens[position]}"`
       + (next === undefined ? "" : `, the one that follows is "${next}"`);
+    const [, [likeliest] = []] = this.cell(this.at.site, this.view, layer, position) ?? [];
+    if (likeliest !== undefined) $("where").textContent += `; the likeliest for ${SITES[this.at.site]} is "${likeliest}"`;
     for (const site in SITES) {
       for (const view in this.views) {
         const found = this.cell(site, view, layer, position);

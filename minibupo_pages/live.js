@@ -31,7 +31,7 @@ const load = key => {  // the model of a checkpoint
 };
 const model = () => load(checkpoints[state.checkpoint].key);
 
-// ---- The task: train_toy.py's encode, careful and is_correct ----
+// ---- The task: train_toy.py's encode and careful ----
 
 function encode(text) {  // the tokens of a text, and the characters that are not in the vocabulary
   const found = (text.match(/<eos>|./gsu) ?? []).map(word => [word, words.indexOf(word)]);
@@ -55,9 +55,9 @@ function careful(expression) {  // all lines of careful work, or null for what i
   return lines;
 }
 
-function is_correct(tokens) {  // of a problem with its response; null if there is nothing to check
-  const [expression, ...lines] = decode(tokens).split("="), expected = careful(expression);
-  return expected && lines.length > 0 ? lines.at(-1) === expected.at(-1) + words[eos] : null;
+function solution(expression) {  // the careful response, if there is one
+  const lines = careful(expression);
+  return lines && lines.length > 1 ? lines.slice(1).join("=") + words[eos] : "";
 }
 
 // ---- The state of the page, and what follows from it ----
@@ -75,10 +75,16 @@ let tokens = [];  // those of the text that the model reads
 let logits, inside;  // all_logits and look_inside of the text in sight
 let turn = 0;  // counts changes of the state: what was begun before the last one stops
 
+function is_correct(response) {  // of the problem that was read; null if it is none
+  const [expression, ...lines] = decode(tokens).split("="), expected = careful(expression);
+  if (expected === null || lines.length === 0) return null;
+  return decode([...tokens, ...response]).split("=").at(-1) === expected.at(-1) + words[eos];
+}
+
 const policy_name = layer => (layer === null ? "pi_theta" : `layer ${layer}`);
 
 function response_limit() {  // as in training, and enough for careful work on longer problems
-  const digits = (decode(tokens).split("=")[0].length + 1) / 2;
+  const digits = Math.ceil(decode(tokens).split("=")[0].length / 2);
   const limit = Math.max(data.limit, digits * (digits - 1));
   return tokens.at(-1) === eos ? 0 : Math.min(limit, config.context_length - tokens.length);
 }
@@ -94,7 +100,7 @@ async function count_correct(layer, temperature, tell, of = model()) {  // among
   let correct = 0;
   for (let i = 1; i <= SAMPLES; i++) {
     const sampled = [...generate(of, prompt, response_limit(), temperature, eos, random)];
-    if (is_correct([...tokens, ...sampled.map(({token}) => token)])) correct += 1;
+    if (is_correct(sampled.map(({token}) => token))) correct += 1;
     if (i % 5 > 0) continue;
     tell(`${correct} of ${i} samples are correct (${Math.round((100 * correct) / i)}%)`);
     await new Promise(resolve => setTimeout(resolve));  // let the browser draw, and take keys
@@ -112,7 +118,8 @@ function read_text(complaints) {  // set `tokens`, and name what is ignored
     notes.push(`Ignored, because the model's vocabulary does not have it: ${named}.`);
   }
   if (all.length > room)
-    notes.push(`Ignored: ${all.length - room} characters, because the model reads at most ${room}.`);
+    notes.push(`Ignored: the last ${all.length - room} characters, because the model reads at most ${room}.`);
+  if (all.length >= room) notes.push("There is no room for an answer.");
   if (tokens.length === 0) notes.push("Type a problem, such as 7+5*3-2=");
   else if (!decode(tokens).includes("=")) notes.push("A problem ends in =");
   $("note").textContent = notes.join(" ");
@@ -150,7 +157,7 @@ function draw_inside(response) {  // the grid and the entropies of the text and 
 }
 
 function draw(svg, tag, attributes, text = null) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  const node = document.createElementNS(svg.namespaceURI, tag);
   for (const name in attributes) node.setAttribute(name, attributes[name]);
   node.textContent = text;
   svg.append(node);
@@ -215,14 +222,14 @@ function draw_answer(response) {  // of the policy that was asked, beside carefu
   $("verdict").hidden = false;
   $("who").textContent = `${policy_name(state.layer)} at temperature ${state.temperature}`;
   if (!state.asked) return;
-  const said = response.map(({token}) => token), correct = is_correct([...tokens, ...said]);
+  const said = response.map(({token}) => token), correct = is_correct(said);
   $("answer").textContent = decode(said);
   $("verdict").textContent = verdict(correct);
   for (const {token, p} of response) make("small", p.toFixed(2), make("li", words[token], $("tokens")));
-  $("careful").textContent = (careful(decode(tokens).split("=")[0]) ?? []).slice(1).join("=");
+  $("careful").textContent = solution(decode(tokens).split("=")[0]);
   const control = respond(null, state.temperature / $("divisor").value).map(({token}) => token);
   $("control").textContent = decode(control);
-  $("control-verdict").textContent = correct === null ? "" : verdict(is_correct([...tokens, ...control]));
+  $("control-verdict").textContent = correct === null ? "" : verdict(is_correct(control));
 }
 
 async function reveal() {  // the answer that is drawn, token by token
@@ -291,9 +298,9 @@ function read_fragment() {  // set the state, and let the policy answer
 
 const index_of = wanted => Math.max(0, checkpoints.findIndex(({key}) => key === wanted));
 const l = data.target ?? Math.max(1, L - 2);  // the layer of phase 1
-const PROBLEM = "7+5*3-2=", CHAIN = "9-1*8*0-5=";
+const PROBLEM = "7+5*3-2=", CHAIN = "9-1*8*0-5=", PROBLEMS = 30;
 const nats = value => `${value.toFixed(2)} nats`;
-const correctly = said => `"${decode(said)}", which is ${is_correct([...tokens, ...said]) ? "correct" : "incorrect"}`;
+const correctly = said => `"${decode(said)}", which is ${is_correct(said) ? "correct" : "incorrect"}`;
 
 function says(layer, checkpoint) {  // the tokens that a policy answers at temperature 0
   return respond(layer, 0, load(checkpoint)).map(({token}) => token);
@@ -318,29 +325,35 @@ const questions = [
     tell: () => `Raw, the entropy falls from ${nats(inside.raw[1])} at layer 1 to ${nats(inside.raw[L])} at layer ${L}.
       Scaled, it is ${nats(inside.scaled[1])} at layer 1 and ${nats(inside.scaled[L])} at layer ${L}.`,
     why: `A longer vector makes larger logits, and larger logits make a policy more confident, even if it prefers the same
-      characters. So raw entropy depends on the norm of the stream as well as on uncertainty. See the three curves.`,
+      characters. So raw entropy depends on the norm of the stream as well as on uncertainty. How much of the
+      fall remains depends on the norm at which you compare. See the three curves.`,
   },
   {
     ask: `Sample ${SAMPLES} answers to ${PROBLEM} from the base model at temperature 1. Can the policy of layer ${L}, without the final
       norm, be correct more often than pi_theta, the whole model? If so, what would you check before you say that it knows more?`,
     state: {text: PROBLEM, checkpoint: index_of("base"), layer: L, temperature: 1, view: "raw"},
     tell: async () => {
-      const counts = [await sample_both(), await count_correct(null, 1, () => {})];
-      const [[of_layer, colder], of_pi_theta] = counts;
-      return `Correct out of ${SAMPLES}: layer ${L} ${of_layer}, pi_theta ${of_pi_theta}, and pi_theta at
-        1/${$("divisor").value} of the temperature ${colder}.`;
+      const [of_layer, colder] = await sample_both(), of_pi_theta = await count_correct(null, 1, () => {});
+      return `Correct answers among ${SAMPLES}: ${of_layer} of layer ${L}, ${of_pi_theta} of pi_theta, and ${colder} of
+        pi_theta at 1/${$("divisor").value} of the temperature.`;
     },
     why: `Without the norm, the long vector H^${L} makes large logits, which is the same as a low temperature. So compare two
       policies at temperatures at which they are equally confident: change the temperature, or the fraction for pi_theta.`,
   },
   {
-    ask: `The rule takes the last layer below the top whose FFN raises entropy, dH_FFN > 0. It is computed from a text.
-      Does it name the same layer of the base model for every problem?`,
+    ask: `The rule takes the last layer below the top whose FFN raises entropy, dH_FFN > 0. It is computed from the text in
+      sight. Does it name the same layer of the base model for every problem?`,
     state: {text: PROBLEM, checkpoint: index_of("base"), layer: null, temperature: 0, view: "raw"},
-    tell: () => {
-      const problems = [PROBLEM, CHAIN, "4*7+3=", "8+8-9*2=", "3-6*7+1=", "2*2*2*2*2=", "5+9-2*2="];
-      const named = problems.map(problem => `${problem} ${rule_for(problem) ?? "none"}`);
-      return `The layer that it names: ${named.join(", ")}.`;
+    tell: async () => {
+      const random = random_numbers(1), counts = {};
+      for (let i = 0; i < PROBLEMS; i++) {
+        const layer = rule_for(random_problem(random, 5));
+        counts[layer] = (counts[layer] ?? 0) + 1;
+        await new Promise(resolve => setTimeout(resolve));
+      }
+      const named = Object.entries(counts).map(([layer, count]) => `layer ${layer} for ${count}`);
+      return `For ${PROBLEM} it names layer ${rule_for(PROBLEM)}. Of ${PROBLEMS} random problems of five digits,
+        it names ${named.join(", ")}.`;
     },
     why: `Where a bar is close to 0, its sign depends on the text, and so does the rule. A rule needs many problems, and its
       margin reported beside it. The run averaged over 64 problems.`,
@@ -384,6 +397,13 @@ async function show_question() {
   $("why").textContent = question.why;
 }
 
+function random_problem(random, digits) {
+  const pick = list => list[Math.floor(random() * list.length)];
+  let text = pick("0123456789");
+  for (let i = 1; i < digits; i++) text += pick(Object.keys(data.results)) + pick("0123456789");
+  return `${text}=`;
+}
+
 function rule_for(text) {  // the layer that the rule names for a problem and the model's own answer
   const prompt = encode(text).tokens, read_prompt = read(model(), prompt, null);
   const response = [...generate(model(), read_prompt, data.limit, 0, eos)].map(({token}) => token);
@@ -409,6 +429,7 @@ function answer() {
 }
 
 async function sample_both() {  // how many samples are correct: of the chosen policy, and of the control
+  if (is_correct([]) === null) return [];  // there is nothing to check
   const control = state.temperature / $("divisor").value;
   const correct = await count_correct(state.layer, state.temperature, text => $("share").textContent = text);
   if (correct === null) return [];
@@ -435,7 +456,7 @@ function start() {
   $("size").textContent = `of ${L} layers and ${count.toLocaleString("en")} parameters`;
   for (const node of document.querySelectorAll(".top")) node.textContent = L;
   $("example").textContent = PROBLEM;
-  $("example-answer").textContent = careful(PROBLEM.slice(0, -1)).slice(1).join("=");
+  $("example-answer").textContent = solution(PROBLEM.slice(0, -1));
   $("trained").textContent = data.target === null ? "" : `Over 64 problems, phase 1 of this run trained layer ${data.target}.`;
   $("rounded").textContent = data.rounded;
   $("checkpoint").max = checkpoints.length - 1;
@@ -465,7 +486,7 @@ function start() {
     show_question();
   });
   document.addEventListener("keydown", event => {
-    const typing = event.target.matches("input[type=text], input[type=number], select");
+    const typing = event.target.matches?.("input[type=text], input[type=number], select");
     if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in shortcuts)) return;
     event.preventDefault();
     shortcuts[event.key]();
