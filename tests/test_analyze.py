@@ -266,7 +266,7 @@ def test_lens_takes_any_token(copied, tmp_path):
     run_dir.decode = lambda ids: words[ids[0] % 6]
     analyze.lens(run_dir, PROMPT)
     page = (tmp_path / "lens.html").read_text()
-    assert page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
+    assert page.count("</script>") == 3 and "http" not in page.replace("http-equiv", "")
 
 
 def test_lens_explains_a_padding_token(finished, tmp_path, monkeypatch):
