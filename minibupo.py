@@ -2,8 +2,8 @@
 
 Each layer of a language model adds to a running sum, the residual stream: H^0, H^1, ..., H^L. Any
 of them can be unembedded, softmax(H^l E_u^T), with the unembedding matrix E_u. That is a policy,
-the internal policy of layer l. BuPO trains it with GRPO for s_inter steps (phase 1, "InterGRPO"),
-then the whole model (phase 2, plain GRPO).
+the internal policy of layer l. BuPO first trains the policy of one lower layer (chosen by 2) with
+GRPO for s_inter steps (phase 1, "InterGRPO"), then the whole model (phase 2, plain GRPO).
 
     1  internal policies             Eq. 5-7         Policy, policy_logits, token_logprobs
     2  entropy, and where to start   Eq. 8, 14       entropy, target_layer
@@ -11,6 +11,7 @@ then the whole model (phase 2, plain GRPO).
     4  InterGRPO                     Eq. 10          policy_loss
     5  BuPO                          Eq. 11, 15, 16  Algorithm 1: phases; one step of it: update
     6  measures                      Eq. 8, 9, 13    look_inside, pass_at_k
+    7  checks of what is passed in                   skip on first reading
 
 This file and analyze.py need the following of a model. model.GPT provides it, and so does
 minibupo_hf/adapter.py for the models of transformers.
@@ -22,7 +23,7 @@ minibupo_hf/adapter.py for the models of transformers.
                                    resid_post
     model.unembed(h)               h E_u^T, without the final norm
     model.final_norm(h)            the final norm
-    model.n_layer, model.vocab_size, model.device, model.parameters()
+    model.n_layer, model.vocab_size, model.device, model.parameters(), model.eval()
     model.generate(prompt, max_new_tokens, ...)    samples: tokens, prompt_len, end as in Rollouts
     model.truncated(layer)         the internal policy of a layer as a model of its own
 
@@ -31,7 +32,7 @@ B rows of any kind, T tokens, V vocabulary, d width, L layers, M response positi
 """
 
 from itertools import islice
-from math import comb
+from math import comb, isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -87,14 +88,14 @@ def policy_logits(model, tokens, policy=FULL, mask=None):
     Layers above policy.layer are not computed, so they get no gradient. Raises ValueError for a
     layer or site that the model does not have.
     """
+    require_choice("site", policy.site, SITES)
+    if mask is not None:
+        require_mask(mask, tokens.shape)
     layer, site = policy
-    if site not in SITES:
-        raise ValueError(f"site must be one of {', '.join(SITES)}, not {site!r}")
 
     if policy == FULL:
-        logits = model(tokens)
-        return logits if mask is None else logits[mask]
-    if site == "resid_post":
+        h = model.final_norm(model.residual(tokens, model.n_layer))
+    elif site == "resid_post":
         h = model.residual(tokens, layer)  # H^l
     elif layer is None or not 1 <= layer <= model.n_layer:
         raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
@@ -108,7 +109,10 @@ def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
     """log pi(tokens[:, t+1] | tokens[:, :t+1]) of a policy: (N, T-1), 0 outside mask (N, T-1).
 
     All logits, also those of internal policies, are divided by the temperature of the sampling.
+    Raises ValueError unless mask has this shape and temperature is above 0.
     """
+    require_mask(mask, (tokens.shape[0], tokens.shape[1] - 1))
+    require_positive(temperature=temperature)
     logits = policy_logits(model, tokens[:, :-1], policy, mask)  # (M, V)
     log_pi = (at_least_float32(logits) / temperature).log_softmax(-1)
     chosen = tokens[:, 1:][mask]  # (M,)
@@ -135,20 +139,22 @@ def target_layer(dH_mlp) -> int:
     """The layer of phase 1: the last l below the top whose FFN raises entropy, dH_FFN^l > 0.
 
     dH_mlp (L,) is the mean over positions, look_inside(...)["dH_mlp"].mean(1). Raises ValueError if
-    no FFN below the top raises entropy: for this case the paper has no rule.
+    no FFN below the top raises entropy (for this case the paper has no rule), and for NaN.
     """
-    raising = [l for l, change in enumerate(dH_mlp[:-1], 1) if change > 0]
+    changes = [float(change) for change in dH_mlp]
+    values = " ".join(f"{change:.2f}" for change in changes)
+    if not all(map(isfinite, changes)):
+        raise ValueError(f"dH of the FFNs must be finite, not {values}")
+    raising = [l for l, change in enumerate(changes[:-1], 1) if change > 0]
     if not raising:
-        values = " ".join(f"{float(change):.2f}" for change in dH_mlp)
-        raise ValueError(
-            f"the rule picks no layer, because no FFN below the top has dH > 0: {values}"
-        )
+        raise ValueError(f"the rule picks no layer, as no FFN below the top has dH > 0: {values}")
     return raising[-1]
 
 
 # ---- 3. GRPO's two pieces (Eq. 4) --------------------------------------------------------------
 
 ADVANTAGES = ("grpo", "rloo", "reinforce++")
+AVERAGES = ("token", "sequence")
 
 
 def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
@@ -160,14 +166,15 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
     "reinforce++"  (R - mean) / (std + eps) of the whole batch, without groups (Hu 2025)
 
     They are exactly 0 if all rewards of the group (or batch) are equal. Raises ValueError for
-    another kind, or G < 2.
+    another kind, for G < 2, and for a reward that is NaN or infinite.
     """
-    if kind not in ADVANTAGES:
-        raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
+    require_choice("kind of advantage", kind, ADVANTAGES)
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (questions, 2 or more), not {tuple(rewards.shape)}")
-
     rewards = at_least_float32(rewards)
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0]}")
+
     over = (0, 1) if kind == "reinforce++" else 1  # the whole batch, or a group
     centred = rewards - rewards.mean(over, keepdim=True)
     if kind == "rloo":
@@ -190,12 +197,20 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
         average="token"     over all tokens of all responses: the official scripts, our default
         average="sequence"  over the tokens of a response, then over responses: Eq. 4 as printed
 
-    `normalizer` replaces the number of tokens (or responses) if the rows are part of a mini-batch.
+    `normalizer` is the number of tokens (or responses) of the whole mini-batch, if these rows are
+    only a part of it.
 
     A token is clipped if the clip takes its gradient away: advantage > 0 and ratio > 1 + clip, or
     advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the official code,
     to avoid overflow in exp. So a token with advantage < 0 and log-ratio > 20 is clipped, too.
+    Raises ValueError for other shapes, another average, or clip <= 0.
     """
+    require_choice("average", average, AVERAGES)
+    require_positive(clip=clip)
+    require_mask(mask, logp.shape)
+    require_shape("old_logp", old_logp, logp.shape)
+    require_shape("advantages", advantages, logp.shape[:1])
+
     advantages = advantages[:, None]
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.clamp(-20, 20).exp()
@@ -203,11 +218,9 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
 
     if average == "token":
         total = objective.sum() / (mask.sum() if normalizer is None else normalizer)
-    elif average == "sequence":
+    else:
         per_row = objective.sum(1) / mask.sum(1).clamp(min=1)
         total = per_row.sum() / (len(mask) if normalizer is None else normalizer)
-    else:
-        raise ValueError(f"average must be 'token' or 'sequence', not {average!r}")
 
     too_high = (advantages > 0) & (ratio > 1 + clip)
     too_low = (advantages < 0) & ((ratio < 1 - clip) | (log_ratio > 20))
@@ -234,8 +247,8 @@ def policy_loss(
     """(loss, clipped) of GRPO (Eq. 4) for FULL, of InterGRPO (Eq. 10) for an internal policy.
 
     Only the policy differs. Numerator *and* denominator of the ratio belong to the same policy:
-    old_logp (N, T-1) is what `policy` gave the tokens before the first update on this batch. The
-    other arguments and the result are surrogate's.
+    old_logp (N, T-1) is what `policy` gave the tokens before the first optimizer step on this
+    batch. Returns what surrogate does, which explains the options.
     """
     logp = token_logprobs(model, tokens, mask, policy, temperature)
     return surrogate(
@@ -268,12 +281,13 @@ def phases(optimizer, target: Policy, s_inter: int, steps: int, *, start=1, rese
 
     Steps up to s_inter are phase 1 and train `target`; the others train pi_theta (Eq. 11). With
     s_inter = 0 this is GRPO. In both phases the responses are sampled from pi_theta as it is now.
-    So phase 1 is off-policy: its ratio corrects for how far the internal policy has moved since the
-    batch was sampled, not for its distance from pi_theta.
+    Phase 1 therefore trains the internal policy on samples of another policy. The ratio does not
+    correct for that, because both its parts are the internal policy, after and before the optimizer
+    steps of this batch.
 
-    Immediately before step s_inter + 1 the moments of AdamW are reset (unless reset_moments is
-    False, as in the official code). `start` resumes a run. Raises ValueError for s_inter < 0 or
-    start < 1.
+    Immediately before step s_inter + 1 the state of AdamW is reset. The official code does not
+    reset it (reset_moments=False). `start` resumes a run. Raises ValueError, at its first step, for
+    s_inter < 0 or start < 1.
     """
     if s_inter < 0 or start < 1:
         raise ValueError(f"s_inter must be at least 0, start at least 1, not {s_inter}, {start}")
@@ -301,24 +315,32 @@ def update(
 ):
     """Improve a policy on one batch: one pass over it, an optimizer step for each mini-batch.
 
-    What learns (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u, layers 1..l and the embedding.
-    The layers above and the final norm get none. Their .grad stays None, so neither weight decay
-    nor momentum moves them in phase 1.
+    What learns (Eq. 15, 16): FULL trains every weight. pi_Layer^l and pi_FFN^l train the embedding,
+    layers 1..l and E_u; pi_ATTN^l the same without the FFN of layer l. The layers above and the
+    final norm get no gradient. Their .grad stays None, so neither weight decay nor momentum moves
+    them in phase 1. Parameters that the optimizer does not hold are left alone, .grad included.
+    The model is put into eval(), because dropout would make the ratios random.
 
     `temperature` is that of the sampling, `advantage` is group_advantages' kind, `average` and
     `clip` are surrogate's. `chunk` rows go through the model at a time; the gradient does not
-    depend on it. Mini-batches take the questions in order, so sample them in random order.
+    depend on it. Mini-batches take the questions in order, so these should be in random order.
 
-    Returns {"clip_fraction": clipped tokens / response tokens, "grad_norm": before clipping, mean
-    over optimizer steps, "optimizer_steps"}. Raises ValueError for more mini-batches than
-    questions, and FloatingPointError before a step whose loss or gradient is not finite.
+    Returns {"clip_fraction": clipped tokens / all response tokens, "grad_norm": before clipping,
+    mean over optimizer steps, "optimizer_steps"}. Raises ValueError for rollouts or options that do
+    not fit, before any weight changes, and FloatingPointError before an optimizer step whose loss
+    or gradient is not finite.
     """
+    require_rollouts(rollouts)
+    require_choice("average", average, AVERAGES)
+    require_positive(temperature=temperature, clip=clip, max_grad_norm=max_grad_norm, chunk=chunk)
     Q, G = rollouts.rewards.shape
     if not 1 <= minibatches <= Q:
         raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
+    parameters = parameters_to_train(model, optimizer)
     device = rollouts.tokens.device
     advantages = group_advantages(rollouts.rewards, advantage).flatten().to(device)  # (N,)
     lengths = rollouts.end - rollouts.prompt_len  # (N,) tokens of each response
+    model.eval()
 
     # 1. Cut the batch into mini-batches of questions, and these into chunks of rows. A row with
     #    advantage 0 has no gradient: it counts in the normalizer but is not computed.
@@ -330,7 +352,7 @@ def update(
         batches.append((list(chunks_of(rollouts, rows, chunk)), normalizer))
 
     # 2. The old log-probabilities, before any weight moves. They are computed on the same chunks as
-    #    the gradient, so that the first ratios are exactly 1.
+    #    the gradient, so that all ratios of the first mini-batch are exactly 1.
     old_logp = []
     with torch.no_grad():
         for chunks, _ in batches:
@@ -359,10 +381,10 @@ def update(
                 average=average,
                 normalizer=normalizer,
             )
-            part.backward()
+            part.backward(inputs=parameters)
             loss += part.detach()
             clipped += n
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise FloatingPointError(f"loss {loss} or gradient norm {norm} is not finite")
         optimizer.step()
@@ -395,6 +417,17 @@ def chunks_of(rollouts: Rollouts, rows, size: int):
         )
 
 
+def parameters_to_train(model, optimizer) -> list:
+    """The parameters that the optimizer holds and that are not frozen.
+
+    Raises ValueError if none of them is the model's: the optimizer belongs to another model, or to
+    a copy."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if {id(p) for p in held}.isdisjoint(id(p) for p in model.parameters()):
+        raise ValueError("the optimizer holds no parameter of this model, or only frozen ones")
+    return held
+
+
 # ---- 6. Measures -------------------------------------------------------------------------------
 
 
@@ -409,16 +442,20 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
         dH_attn dH_mlp     entropy change of Eq. 13, 14: attn - attn_in and mlp - mlp_in. The paper
                            reads > 0 as exploration, about 0 as integration, < 0 as convergence
         dH_layer           entropy change of Eq. 9: of H^l minus that of H^{l-1}, both raw
-        layer_normed+      of the logit lens, softmax(final_norm(H^l) E_u^T); the last is pi_theta's
-        layer_matched+     of H^l scaled to the norm of H^L, as if the stream did not grow
+        layer_normed+      entropy of the logit lens, softmax(final_norm(H^l) E_u^T); the last row
+                           is that of pi_theta
+        layer_matched+     entropy of the policy of H^l scaled to the norm of H^L, as if the stream
+                           did not grow
         cos_layer+         cos(H^l, H^L), feature refinement (Fig. 5)
-        cos_attn cos_mlp   of a write with the stream that it is added to (Appendix B.2): about 0
-                           writes new features, < 0 suppresses, > 0 amplifies
-        rms_layer+ rms_attn rms_mlp    root mean square over d
+        cos_attn cos_mlp   cosine of a write with the stream that it is added to (Appendix B.2):
+                           about 0 writes new features, < 0 suppresses, > 0 amplifies
+        rms_layer+ rms_attn rms_mlp    root mean square of H^l, A^l, F^l over d
 
     `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so the memory
-    for logits does not grow with layers or positions. Raises ValueError for an empty mask.
+    for logits does not grow with layers or positions. Raises ValueError for a mask that is empty or
+    has another shape.
     """
+    require_mask(mask, (tokens.shape[0], tokens.shape[1] - 1))
     if not mask.any():
         raise ValueError("there are no response positions to look at")
     chunk = chunk or max(1, 2**24 // model.vocab_size)
@@ -485,9 +522,53 @@ def pass_at_k(n: int, c, k: int):
     """Unbiased Pass@K, 1 - C(n-c, k) / C(n, k): the chance that one of k samples is correct.
 
     c is how many of a problem's n samples are correct, or an array of such counts. Returns float64
-    of the same shape. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
+    of the same shape. Raises ValueError unless 1 <= k <= n, 0 <= c <= n, and all are integers.
     """
-    c = np.asarray(c, dtype=int)
-    if not 1 <= k <= n or np.any((c < 0) | (c > n)):
-        raise ValueError(f"1 <= k <= n and 0 <= c <= n must hold, not k = {k}, n = {n}, c = {c}")
-    return np.array([1 - comb(n - correct, k) / comb(n, k) for correct in range(n + 1)])[c]
+    counts = np.asarray(c, dtype=float)
+    if not 1 <= k <= n or not np.isin(counts, range(n + 1)).all():
+        raise ValueError(f"1 <= k <= n and c in 0..n must hold, not k = {k}, n = {n}, c = {c}")
+    table = [1 - comb(n - correct, k) / comb(n, k) for correct in range(n + 1)]
+    return np.array(table)[counts.astype(int)]
+
+
+# ---- 7. Checks of what is passed in: skip on first reading ---------------------------------------
+
+
+def require_shape(name: str, tensor, shape):
+    """Raise ValueError unless the tensor has this shape: others would broadcast in silence."""
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(tensor.shape)}")
+
+
+def require_mask(mask, shape):
+    """Raise ValueError unless the mask has this shape and is boolean: integers would be indices."""
+    require_shape("mask", mask, shape)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be of type torch.bool, not {mask.dtype}")
+
+
+def require_rollouts(rollouts: Rollouts):
+    """Raise ValueError unless all shapes fit, and each row has a prompt, then its response."""
+    tokens, prompt_len, end, rewards = rollouts
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have the shape (N, T), not {tuple(tokens.shape)}")
+    N, T = tokens.shape
+    require_shape("prompt_len", prompt_len, (N,))
+    require_shape("end", end, (N,))
+    if rewards.dim() != 2 or rewards.numel() != N:
+        raise ValueError(f"rewards must be (Q, G) with Q G = {N} rows, not {tuple(rewards.shape)}")
+    if not ((1 <= prompt_len) & (prompt_len <= end) & (end <= T)).all():
+        raise ValueError(f"1 <= prompt_len <= end <= {T} must hold in every row")
+
+
+def require_choice(name: str, value, choices):
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def require_positive(**values):
+    """Raise ValueError unless all values are above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, not {value}")
