@@ -727,7 +727,7 @@ def settled_by_files(given: dict, resume: bool) -> dict:
         settled = {"n_layer": cfg.n_layer, "d_model": cfg.d_model}
     for name, value in settled.items():
         if given.get(name, value) != value:
-            raise ValueError(f"--{name} {given[name]} does not match what is there, {value}")
+            raise ValueError(f"--{name} {given[name]} does not match the stored value, {value}")
     return settled
 
 
@@ -938,7 +938,7 @@ def open_missing_streams():
     """Send what is printed to nowhere if the program was started without stdout or stderr."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or stream.closed:
+        if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
