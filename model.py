@@ -69,7 +69,7 @@ class GPTConfig:
 
 
 class LayerTrace(NamedTuple):
-    """Everything that layer l reads and writes, each (B, T, d); Eq. 1 says how it is related.
+    """Everything that layer l reads and writes, each (B, T, d); Eq. 1 says how they are related.
 
     attn_in and mlp_in are what the modules really read, the *normed* stream. (TransformerLens uses
     these two names for the stream before the norm.)
@@ -192,7 +192,8 @@ class LanguageModel(nn.Module):
         trace(tokens)              yields the LayerTrace of layers 1..L, lazily: a layer that is not
                                    asked for is not computed
         truncated(layer)           the internal policy of a layer as a model of its own
-        _empty_cache(B, T)         room for the keys and values of B rows of T tokens
+        _empty_cache(B, T)         room for the keys and values of B rows of T tokens. It is one
+                                   object; its index_select(2, rows) keeps only these rows
         _next_logits(tokens, cache, start)    logits (B, V) after the last of tokens (B, T), which
                                    stand at positions start..start+T-1
     """
@@ -248,7 +249,7 @@ class LanguageModel(nn.Module):
         logits = self._next_logits(prompt[:, :start], cache, 0)
         logits = logits.repeat_interleave(num_samples, dim=0)
         rows = torch.arange(N, device=device)
-        cache = cache.index_select(2, rows // num_samples)
+        cache = self._cache_of(rows // num_samples, cache, start)
 
         # Decode. `rows` are the rows still running; `token`, `logits` and `cache` hold only them.
         for t in range(start, total):  # choose the token at position t
@@ -269,9 +270,13 @@ class LanguageModel(nn.Module):
                 if len(keep) <= 0.75 * len(rows):  # drop the rows that have ended
                     rows = rows[keep]
                     token = token[keep]
-                    cache = cache.index_select(2, keep)  # twice as fast as cache[:, :, keep]
+                    cache = self._cache_of(keep, cache, t)
             logits = self._next_logits(token[:, None], cache, t)
         return Generation(tokens[:, : int(end.max())], prompt_len, end)
+
+    def _cache_of(self, rows, cache, filled: int):
+        """Return the cache of these rows only, of which the positions up to `filled` are in use."""
+        return cache.index_select(2, rows)
 
     # ---- checks of what a user passes ----
 
@@ -422,6 +427,16 @@ class GPT(LanguageModel):
         """Room for the keys and values of all layers, (L, 2, B, n_kv_head, T, D)."""
         shape = (self.n_layer, 2, B, self.cfg.n_kv_head, T, self.cfg.head_dim)
         return torch.empty(shape, device=self.device, dtype=self.embed.weight.dtype)
+
+    def _cache_of(self, rows, cache, filled: int):
+        """Return the cache of these rows only. Copies only positions below `filled`, and keeps the
+        memory if there is room in it: new memory costs several times as much as the copy."""
+        copied = cache[..., :filled, :].index_select(2, rows)
+        if len(rows) > cache.shape[2]:
+            cache = self._empty_cache(len(rows), cache.shape[4])
+        cache = cache[:, :, : len(rows)]
+        cache[..., :filled, :] = copied
+        return cache
 
     def _next_logits(self, tokens, cache, start: int):
         """Logits (B, V) after the last of tokens (B, T), which stand at start..start+T-1."""

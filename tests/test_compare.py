@@ -9,10 +9,9 @@ from conftest import NO_PHASE_1
 
 import analyze
 import train_toy as toy
+from experiments import compare
 
 pytest.importorskip("scipy", reason="the extra `bench` is not installed")
-
-from experiments import compare  # noqa: E402
 
 
 def subject(path):
@@ -29,20 +28,17 @@ def test_compare_runs(finished, copied, tmp_path):
     assert names == {"table.md", "dynamics.png", "refinement.png", "passk.json", "passk.png"}
     rows = [line.split(" | ") for line in (out / "table.md").read_text().splitlines()]
     tier = toy.read_metrics(finished, "eval")[-1]["tiers"]["3"]
-    assert [row[1] for row in rows if len(row) > 1] == ["runs", "1", "2", "1"]
+    assert [row[1] for row in rows if len(row) > 1] == ["runs", "---", "1", "2", "1"]
     shares = [f"{100 * tier[name]:.1f} ± 0.0" for name in ("avg@8", "correct_lines")]
     assert rows[3][3:5] == shares
     assert set(json.loads((out / "passk.json").read_text())["curves"]) == {"base", "BuPO", "GRPO"}
     assert compare.main([str(tmp_path)]) == 2
-    d_mlp = toy.read_metrics(grpo, "internal")[0]["dH_mlp"]  # GRPO is shown at the rule's layer
-    expected = max([l for l in (1, 2) if d_mlp[l - 1] > 0], default=2)
+    dH_mlp = toy.read_metrics(grpo, "internal")[0]["dH_mlp"]  # GRPO is shown at the rule's layer
+    expected = max([l for l in (1, 2) if dH_mlp[l - 1] > 0], default=2)
     assert subject(grpo).target_policy().layer == expected
 
 
-def test_intervals():
-    assert compare.mean_interval([3.0]) == (3.0, None)
-    mean, half = compare.mean_interval([1.0, 2.0, 4.0, 5.0])
-    assert mean == 3.0 and half == pytest.approx(3.1824463 * np.sqrt(10 / 3) / 2)  # of a table
+def test_mean_and_standard_deviation_over_seeds():
     x, mean, std = compare.over_seeds([{0: 1.0, 2: 3.0}, {0: 3.0, 2: 4.0, 5: 9.0}])
     assert x == [0, 2, 5] and mean.tolist() == [2.0, 3.5, 9.0]
     np.testing.assert_allclose(std, [2**0.5, 0.5**0.5, 0])
