@@ -536,55 +536,64 @@ def live(run: Run, other=None):
     sizes.
     """
     target = run.target_policy().layer
+    other = None if other is None else Run(other, "final", "cpu")
     models = live_models(run, other)
-    rounded = {key: rounded_to_float16(model) for key, (_, model) in models.items()}
-    note = rounding_note(run, {key: model for key, (_, model) in models.items()}, rounded)
-    first = rounded["base"]
-    digits = range(10)
-    data = {
-        "words": [run.decode([token]) for token in range(first.vocab_size)],
+    labels = live_labels(run, other)
+    rounded = {key: rounded_to_float16(model) for key, model in models.items()}
+    note = rounding_note(run, models, rounded)
+    base = rounded["base"]
+    page = {
+        "words": [run.decode([token]) for token in range(base.vocab_size)],
         "eos": run.eos_id,
         "limit": run.response_limit,
-        "config": asdict(first.cfg),
-        "sizes": [[name, weight.numel()] for name, weight in first.named_parameters()],
+        "results": operation_table(),
         "target": target if run.settings.s_inter > 0 else None,
         "rounded": note,
-        # results[operator][10 * a + b], so that the page does the arithmetic of train_toy.py
-        "results": {
-            operator: "".join(toy.careful(f"{a}{operator}{b}")[-1] for a in digits for b in digits)
-            for operator in toy.OPERATORS
-        },
+        "config": asdict(base.cfg),
+        "sizes": [[name, weight.numel()] for name, weight in base.named_parameters()],
         "checkpoints": [
-            {"key": key, "label": label, "weights": float16_text(rounded[key])}
-            for key, (label, _) in models.items()
+            {"key": key, "label": labels[key], "weights": float16_text(model)}
+            for key, model in rounded.items()
         ],
     }
-    page = web_page("live.html", data)
-    print(f"{note}\n{len(page) / 1e6:.1f} MB")
-    save(run.folder / "live.html", page)
+    text = web_page("live.html", page)
+    print(f"{note}\n{len(text) / 1e6:.1f} MB")
+    save(run.folder / "live.html", text)
 
 
-def live_models(run: Run, other=None) -> dict:
-    """Return {key: (label, model)} of all models of the page, in the order of its slider."""
+def live_models(run: Run, other: Run | None) -> dict:
+    """Return {key: model} of all models of the page, in the order of its slider."""
+    names = [name for name in CHECKPOINTS if name in run.checkpoints or name == "base"]
+    models = {name: run.load(name).cpu() for name in names}
+    if other is not None:
+        models["other"] = other.load()
+        if models["other"].cfg != models["base"].cfg:
+            raise ValueError(f"the models of {other.path} and {run.path} have different sizes")
+    return models
+
+
+def live_labels(run: Run, other: Run | None) -> dict:
+    """Return {key: what the page calls this model}."""
     algorithm = ALGORITHMS[run.settings.algo]
     labels = {
         "base": "base",
         "phase1": f"{algorithm}, after phase 1",
         "final": f"{algorithm}, final",
     }
-    models = {name: (labels[name], run.load(name).cpu()) for name in run.checkpoints}
-    if other is None:
-        return models
+    if other is not None:
+        labels["other"] = f"{ALGORITHMS[other.settings.algo]}, final"
+        if labels["other"] == labels["final"]:
+            labels["other"] += f" ({other.path.name})"
+    return labels
 
-    other = Run(other, "final", "cpu")
-    label = f"{ALGORITHMS[other.settings.algo]}, final"
-    if label == labels["final"]:
-        label = f"{label} ({other.path.name})"
-    model = other.load()
-    models["other"] = (label, model)
-    if model.cfg != models["base"][1].cfg:
-        raise ValueError(f"the model in {other.path} has other sizes than the one in {run.path}")
-    return models
+
+def operation_table() -> dict:
+    """Return {operator: text} whose character 10 a + b is the result for the digits a and b."""
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    return {
+        operator: "".join(toy.careful(f"{a}{operator}{b}")[-1] for a, b in pairs)
+        for operator in toy.OPERATORS
+    }
 
 
 def rounded_to_float16(model):

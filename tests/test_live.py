@@ -652,7 +652,7 @@ def test_bad_input_is_one_sentence(finished, copied, tmp_path, capsys):
     del content["model"], content["model_config"], content["format"]
     toy.save_checkpoint(copied / "ckpt.pt", model, **content)
     for argv, says in (
-        ((finished, other), "other sizes"),
+        ((finished, other), "different sizes"),
         ((finished, tmp_path / "none"), "config.json"),
         ((copied,), "float16"),
         (("Qwen/Qwen3-0.6B",), "live"),
