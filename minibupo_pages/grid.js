@@ -99,9 +99,10 @@ class Grid {
     const highest = this.layers("resid_post").at(-1), last = this.tokens.length - 1;
     layer = Math.min(highest, Math.max(0, layer));
     position = Math.min(last, Math.max(0, position));
-    if (last < 0 || (this.at && this.at.layer === layer && this.at.position === position && this.at.site === site)) return;
+    const at = {layer, position, site};
+    if (last < 0 || (this.at && Object.keys(at).every(key => at[key] === this.at[key]))) return;
     this.mark(false);
-    this.at = {layer, position, site};
+    this.at = at;
     this.mark(true);
     this.tell();
   }
@@ -122,8 +123,8 @@ class Grid {
     $("where").textContent = `${names[layer] ?? `layer ${layer}`}, position ${position + 1} of ${this.tokens.length}: `
       + `the last token read is "${this.tokens[position]}"`
       + (next === undefined ? "" : `, the one that follows is "${next}"`);
-    const [, [likeliest] = []] = this.cell(this.at.site, this.view, layer, position) ?? [];
-    if (likeliest !== undefined) $("where").textContent += `; the likeliest for ${SITES[this.at.site]} is "${likeliest}"`;
+    const found = this.cell(this.at.site, this.view, layer, position);
+    if (found) $("where").textContent += `; the likeliest for ${SITES[this.at.site]} is "${found[1][0]}"`;
     for (const site in SITES) {
       for (const view in this.views) {
         const found = this.cell(site, view, layer, position);

@@ -81,7 +81,9 @@ function is_correct(response) {  // of the problem that was read; null if it is 
   return decode([...tokens, ...response]).split("=").at(-1) === expected.at(-1) + words[eos];
 }
 
-const policy_name = layer => (layer === null ? "pi_theta" : `layer ${layer}`);
+function policy_text() {  // who answers
+  return `${state.layer === null ? "pi_theta" : `layer ${state.layer}`} at temperature ${state.temperature}`;
+}
 
 function response_limit() {  // as in training, and enough for careful work on longer problems
   const digits = Math.ceil(decode(tokens).split("=")[0].length / 2);
@@ -127,12 +129,14 @@ function read_text(complaints) {  // set `tokens`, and name what is ignored
 
 // ---- Drawing ----
 
+const short = token => words[token].replace(/[<>]/g, "");  // "eos" fits into a cell
+
 function cell(site, view, layer, position) {  // what Grid shows: [entropy, [token, p], ...]
   const of_site = logits[layer > L ? "normed" : view][site];  // normed H^L is pi_theta
   const by_position = of_site[Math.min(layer, L) - (site === "resid_post" ? 0 : 1)];
   if (!by_position || (layer > L && site !== "resid_post")) return undefined;
   const pi = softmax(by_position[position]);
-  return [entropy(by_position[position]), ...likeliest(pi, 5).map(token => [words[token].replace(/[<>]/g, ""), pi[token]])];
+  return [entropy(by_position[position]), ...likeliest(pi, 5).map(token => [short(token), pi[token]])];
 }
 
 const view_names = {raw: "raw", normed: "final norm", scaled: `scaled to H^${L}`};
@@ -141,17 +145,19 @@ const grid = new Grid({n_layer: L, log_vocab, views: view_names, cell, pi_theta:
 function draw_inside(response) {  // the grid and the entropies of the text and its response
   const all = [...tokens, ...response.map(({token}) => token)];
   const input = response.length > 0 ? all.slice(0, -1) : all;  // nothing follows the last one
-  const shown = all.map(token => words[token].replace(/[<>]/g, ""));
+  const shown = all.map(short);
   if (input.length > 0) logits = all_logits(model(), model().trace(input));
   const first = all.indexOf(words.indexOf("="));  // the first position that predicts the response
   grid.show(shown.slice(0, input.length), shown.slice(1), first);
   grid.paint(state.view);
-  const who = state.asked ? `${policy_name(state.layer)} at temperature ${state.temperature}` : "pi_theta at temperature 0";
-  $("continued").textContent = response.length > 0 ? `From row ${tokens.length} on, what follows is the answer of ${who}.` : "";
+  const who = state.asked ? policy_text() : "pi_theta at temperature 0";
+  const rest = `From row ${tokens.length} on, what follows is the answer of ${who}.`;
+  $("continued").textContent = response.length > 0 ? rest : "";
   if (input.length === 0) return;
   const positions = input.map((_, t) => t).filter(t => t >= first);
   inside = look_inside(logits, positions);
-  $("averaged").textContent = `Means over ${positions.length} ${first < 0 ? "" : "response "}positions of the text in sight.`;
+  const kind = first < 0 ? "all" : "the response";
+  $("averaged").textContent = `Means over ${kind} positions of the text in sight, ${positions.length} in number.`;
   draw_curves();
   draw_bars();
 }
@@ -172,17 +178,17 @@ function draw_curves() {
   draw(svg, "path", {class: "frame", d: `M${left},${top}V${bottom}H${right}`});
   draw(svg, "path", {class: "frame", "stroke-dasharray": "2 4", d: `M${left},${top}H${right}`});
   draw(svg, "text", {x: right, y: top - 4, "text-anchor": "end"}, "uniform");
-  for (const value of [0, 1, 2, log_vocab])
-    draw(svg, "text", {x: left - 5, y: y(value) + 4, "text-anchor": "end"}, value === log_vocab ? value.toFixed(2) : value);
+  for (const value of [0, 1, 2, +log_vocab.toFixed(2)])
+    draw(svg, "text", {x: left - 5, y: y(value) + 4, "text-anchor": "end"}, value);
   for (let layer = 0; layer <= L; layer++)
-    draw(svg, "text", {x: x(layer), y: bottom + 17, "text-anchor": "middle"}, layer || "emb");
+    draw(svg, "text", {x: x(layer), y: bottom + 17, "text-anchor": "middle"}, layer || "emb.");
   draw(svg, "text", {x: (left + right) / 2, y: bottom + 32, "text-anchor": "middle"}, "layer");
-  const marks = {raw: "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0", normed: "M-4,-4h8v8h-8z", scaled: "M0,-5l5,9h-10z"};
+  const circle = "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0", square = "M-4,-4h8v8h-8z", triangle = "M0,-5l5,9h-10z";
+  const marks = {raw: circle, normed: square, scaled: triangle};
   for (const view of VIEWS) {
-    const colour = `var(--${view})`, points = inside[view].map((value, layer) => `${x(layer)},${y(value)}`);
-    const dashes = {raw: "none", normed: "7 3", scaled: "2 3"}[view];
-    draw(svg, "polyline", {points: points.join(" "), fill: "none", "stroke-width": 2, "stroke-dasharray": dashes, style: `stroke: ${colour}`});
-    for (const point of points) draw(svg, "path", {d: marks[view], transform: `translate(${point})`, style: `fill: ${colour}`});
+    const points = inside[view].map((value, layer) => `${x(layer)},${y(value)}`);
+    draw(svg, "polyline", {points: points.join(" "), class: `curve ${view}`});
+    for (const point of points) draw(svg, "path", {d: marks[view], transform: `translate(${point})`, class: view});
   }
   const told = VIEWS.map(view => `${view}: ${inside[view].map(value => value.toFixed(2)).join(", ")}`);
   svg.setAttribute("aria-label", `Entropy in nats of layers 0 to ${L}. ${told.join(". ")}.`);
@@ -197,13 +203,13 @@ function draw_bars() {
   draw(svg, "path", {class: "frame", d: `M${left},${y(0)}H${right}`});
   draw(svg, "text", {x: left - 5, y: y(0) + 4, "text-anchor": "end"}, 0);
   inside.dH_mlp.forEach((value, i) => {
-    const x = left + width * (i + 0.5), rule = i + 1 === named;
-    const bar = {x: x - width / 4, y: Math.min(y(0), y(value)), width: width / 2, height: Math.abs(y(value) - y(0))};
-    const outline = rule ? "stroke: CanvasText; stroke-width: 3" : "";
-    draw(svg, "rect", {...bar, style: `fill: var(--ffn); ${outline}`});
-    const sign = value < 0 ? "\u2212" : "+";
-    draw(svg, "text", {x, y: value < 0 ? y(value) + 14 : y(value) - 6, "text-anchor": "middle"}, sign + Math.abs(value).toFixed(2));
-    draw(svg, "text", {x, y: bottom + 17, "text-anchor": "middle", "font-weight": rule ? 700 : 400}, rule ? `▲ ${i + 1}` : i + 1);
+    const layer = i + 1, x = left + width * (i + 0.5), ends = [y(0), y(value)].sort((a, b) => a - b);
+    const bar = {x: x - width / 4, y: ends[0], width: width / 2, height: ends[1] - ends[0]};
+    draw(svg, "rect", {...bar, class: layer === named ? "bar named" : "bar"});
+    const number = `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(2)}`;  // with a true minus
+    draw(svg, "text", {x, y: value < 0 ? y(value) + 14 : y(value) - 6, "text-anchor": "middle"}, number);
+    const name = layer === named ? `▲ ${layer}` : layer;
+    draw(svg, "text", {x, y: bottom + 17, "text-anchor": "middle"}, name);
   });
   draw(svg, "text", {x: (left + right) / 2, y: bottom + 32, "text-anchor": "middle"}, "layer");
   $("rule").textContent = named ? `▲ The rule names layer ${named}.` : "The rule names no layer.";
@@ -217,10 +223,9 @@ function verdict(correct) {
 }
 
 function draw_answer(response) {  // of the policy that was asked, beside careful work and the control
-  for (const id of ["answer", "tokens", "verdict", "share", "careful", "control", "control-verdict", "control-share"])
-    $(id).replaceChildren();
+  for (const node of document.querySelectorAll(".answers output, .answers div > div, #tokens")) node.replaceChildren();
   $("verdict").hidden = false;
-  $("who").textContent = `${policy_name(state.layer)} at temperature ${state.temperature}`;
+  $("who").textContent = policy_text();
   if (!state.asked) return;
   const said = response.map(({token}) => token), correct = is_correct(said);
   $("answer").textContent = decode(said);
@@ -260,8 +265,9 @@ function update(complaints = []) {  // show the state; a policy that was asked a
   turn++;
   read_text(complaints);
   draw_controls();
-  const answers = state.asked || decode(tokens).includes("=");
-  const response = !answers ? [] : state.asked ? respond(state.layer, state.temperature) : respond(null, 0);
+  let response = [];
+  if (state.asked) response = respond(state.layer, state.temperature);
+  else if (decode(tokens).includes("=")) response = respond(null, 0);
   draw_answer(response);
   draw_inside(response);
 }
@@ -269,7 +275,8 @@ function update(complaints = []) {  // show the state; a policy that was asked a
 // ---- The address: #p=7%2B5*3-2%3D&layer=4&t=0, and also model, view, and q for a question ----
 
 function write_fragment() {
-  const parts = {p: state.text, layer: state.layer, t: state.temperature, model: checkpoints[state.checkpoint].key, view: state.view};
+  const {text: p, layer, temperature: t, view} = state;
+  const parts = {p, layer, t, model: checkpoints[state.checkpoint].key, view};
   const given = Object.entries(parts).filter(([, value]) => value !== null);
   const fragment = given.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
   history.replaceState(null, "", `#${fragment}`);
@@ -292,124 +299,6 @@ function read_fragment() {  // set the state, and let the policy answer
   take("view", "view", text => VIEWS.find(view => view === text));
   update(complaints);
   if (questions[given.get("q") - 1]) open_question(given.get("q") - 1);
-}
-
-// ---- Predict first: five questions of the lecture ----
-
-const index_of = wanted => Math.max(0, checkpoints.findIndex(({key}) => key === wanted));
-const l = data.target ?? Math.max(1, L - 2);  // the layer of phase 1
-const PROBLEM = "7+5*3-2=", CHAIN = "9-1*8*0-5=", PROBLEMS = 30;
-const nats = value => `${value.toFixed(2)} nats`;
-const correctly = said => `"${decode(said)}", which is ${is_correct(said) ? "correct" : "incorrect"}`;
-
-function says(layer, checkpoint) {  // the tokens that a policy answers at temperature 0
-  return respond(layer, 0, load(checkpoint)).map(({token}) => token);
-}
-
-const questions = [
-  {
-    ask: `An internal policy stops at a layer. Let the trained model answer ${PROBLEM}, but stop at layer ${l} of ${L}:
-      unembed the stream there, take the likeliest character, and go on. Will its answer be the same as that of pi_theta,
-      the whole model? Will it be correct?`,
-    state: {text: PROBLEM, checkpoint: index_of("final"), layer: l, temperature: 0, view: "raw"},
-    tell: () => `Layer ${l} answers ${correctly(says(l, "final"))}. pi_theta answers ${correctly(says(null, "final"))}.`,
-    why: `The internal policy of layer ${l} gives probabilities for the next character, and can be sampled, as any policy can.
-      It uses only what layers 1 to ${l} have written into the stream. In the grid, each column is such a policy: look for the
-      first column in which a correct character is the likeliest.`,
-  },
-  {
-    ask: `In the base model, the raw policies become more confident from layer to layer: their entropy falls. The stream
-      also becomes longer from layer to layer. Scale the stream of every layer to the norm of the top one, H^${L}.
-      How much does entropy now fall between layer 1 and layer ${L}: as much, half as much, or hardly?`,
-    state: {text: PROBLEM, checkpoint: index_of("base"), layer: null, temperature: 0, view: "scaled"},
-    tell: () => `Raw, the entropy falls from ${nats(inside.raw[1])} at layer 1 to ${nats(inside.raw[L])} at layer ${L}.
-      Scaled, it is ${nats(inside.scaled[1])} at layer 1 and ${nats(inside.scaled[L])} at layer ${L}.`,
-    why: `A longer vector makes larger logits, and larger logits make a policy more confident, even if it prefers the same
-      characters. So raw entropy depends on the norm of the stream as well as on uncertainty. How much of the
-      fall remains depends on the norm at which you compare. See the three curves.`,
-  },
-  {
-    ask: `Sample ${SAMPLES} answers to ${PROBLEM} from the base model at temperature 1. Can the policy of layer ${L}, without the final
-      norm, be correct more often than pi_theta, the whole model? If so, what would you check before you say that it knows more?`,
-    state: {text: PROBLEM, checkpoint: index_of("base"), layer: L, temperature: 1, view: "raw"},
-    tell: async () => {
-      const [of_layer, colder] = await sample_both(), of_pi_theta = await count_correct(null, 1, () => {});
-      return `Correct answers among ${SAMPLES}: ${of_layer} of layer ${L}, ${of_pi_theta} of pi_theta, and ${colder} of
-        pi_theta at 1/${$("divisor").value} of the temperature.`;
-    },
-    why: `Without the norm, the long vector H^${L} makes large logits, which is the same as a low temperature. So compare two
-      policies at temperatures at which they are equally confident: change the temperature, or the fraction for pi_theta.`,
-  },
-  {
-    ask: `The rule takes the last layer below the top whose FFN raises entropy, dH_FFN > 0. It is computed from the text in
-      sight. Does it name the same layer of the base model for every problem?`,
-    state: {text: PROBLEM, checkpoint: index_of("base"), layer: null, temperature: 0, view: "raw"},
-    tell: async () => {
-      const random = random_numbers(1), counts = {};
-      for (let i = 0; i < PROBLEMS; i++) {
-        const layer = rule_for(random_problem(random, 5));
-        counts[layer] = (counts[layer] ?? 0) + 1;
-        await new Promise(resolve => setTimeout(resolve));
-      }
-      const named = Object.entries(counts).map(([layer, count]) => `layer ${layer} for ${count}`);
-      return `For ${PROBLEM} it names layer ${rule_for(PROBLEM)}. Of ${PROBLEMS} random problems of five digits,
-        it names ${named.join(", ")}.`;
-    },
-    why: `Where a bar is close to 0, its sign depends on the text, and so does the rule. A rule needs many problems, and its
-      margin reported beside it. The run averaged over 64 problems.`,
-  },
-  {
-    ask: `RL rewarded correct last lines, and nothing else. The base model's likeliest answer to ${CHAIN} jumps over operations.
-      What has changed in the answer of the model after RL, and in the share of sampled answers that are correct?`,
-    state: {text: CHAIN, checkpoint: index_of("final"), layer: null, temperature: 0, view: "raw"},
-    tell: async () => {
-      const counts = [];
-      for (const key of ["base", "final"]) counts.push(await count_correct(null, 1, () => {}, load(key)));
-      return `The base answers ${correctly(says(null, "base"))}. After RL, it answers ${correctly(says(null, "final"))}.
-        At temperature 1, ${counts[0]} of ${SAMPLES} samples were correct before RL, and ${counts[1]} are now.`;
-    },
-    why: `The base had seen careful and abbreviated solutions. RL made careful ones by far the most probable, because they are
-      correct more often; nobody asked for them. Slide through training, and watch the column π: its colours turn dark, which
-      means that pi_theta has become confident.`,
-  },
-];
-let question = null;
-
-function open_question(i) {
-  question = questions[i];
-  for (const id of ["guessed", "told", "why"]) $(id).textContent = "";
-  [...$("questions").children].forEach((link, j) => link.toggleAttribute("aria-current", i === j));
-  $("question").hidden = false;
-  $("asked").textContent = `${i + 1}. ${question.ask}`;
-  $("guess").value = "";
-  $("guess").focus();
-}
-
-async function show_question() {
-  Object.assign(state, question.state, {seed: 1, asked: true});
-  change();
-  const asked = question;
-  $("guessed").textContent = `Your guess: ${$("guess").value}`;
-  $("told").textContent = "Computing…";
-  const told = await question.tell();
-  if (question !== asked) return;
-  $("told").textContent = told;
-  $("why").textContent = question.why;
-}
-
-function random_problem(random, digits) {
-  const pick = list => list[Math.floor(random() * list.length)];
-  let text = pick("0123456789");
-  for (let i = 1; i < digits; i++) text += pick(Object.keys(data.results)) + pick("0123456789");
-  return `${text}=`;
-}
-
-function rule_for(text) {  // the layer that the rule names for a problem and the model's own answer
-  const prompt = encode(text).tokens, read_prompt = read(model(), prompt, null);
-  const response = [...generate(model(), read_prompt, data.limit, 0, eos)].map(({token}) => token);
-  const input = [...prompt, ...response].slice(0, -1);
-  const found = all_logits(model(), model().trace(input));
-  return target_layer(look_inside(found, input.map((_, t) => t).slice(prompt.length - 1)).dH_mlp);
 }
 
 // ---- What the reader does ----
@@ -457,12 +346,16 @@ function start() {
   for (const node of document.querySelectorAll(".top")) node.textContent = L;
   $("example").textContent = PROBLEM;
   $("example-answer").textContent = solution(PROBLEM.slice(0, -1));
-  $("trained").textContent = data.target === null ? "" : `Over 64 problems, phase 1 of this run trained layer ${data.target}.`;
+  $("trained").textContent = data.target === null ? "" : `Phase 1 of this run trained layer ${data.target}.`;
   $("rounded").textContent = data.rounded;
   $("checkpoint").max = checkpoints.length - 1;
   make("option", "pi_theta (the whole model)", $("layer")).value = "";
   for (let layer = 1; layer <= L; layer++) make("option", `layer ${layer}`, $("layer")).value = layer;
-  questions.forEach((_, i) => make("a", String(i + 1), $("questions")).href = `#q=${i + 1}`);
+  questions.forEach((_, i) => {
+    const link = make("a", i + 1, $("questions"));
+    link.href = `#q=${i + 1}`;
+    link.setAttribute("aria-label", `Question ${i + 1}`);
+  });
 
   $("problem").addEventListener("input", () => change({text: $("problem").value, asked: false}));
   $("problem").addEventListener("keydown", event => {
@@ -494,5 +387,3 @@ function start() {
   addEventListener("hashchange", read_fragment);
   read_fragment();
 }
-
-start();
