@@ -123,8 +123,9 @@ class Grid {
     $("where").textContent = `${names[layer] ?? `layer ${layer}`}, position ${position + 1} of ${this.tokens.length}: `
       + `the last token read is "${this.tokens[position]}"`
       + (next === undefined ? "" : `, the one that follows is "${next}"`);
-    const found = this.cell(this.at.site, this.view, layer, position);
-    if (found) $("where").textContent += `; the likeliest for ${SITES[this.at.site]} is "${found[1][0]}"`;
+    const policy = layer > this.n_layer ? "pi_theta" : SITES[this.at.site];
+    const own = this.cell(this.at.site, this.view, layer, position);
+    if (own) $("where").textContent += `; the likeliest for ${policy} is "${own[1][0]}"`;
     for (const site in SITES) {
       for (const view in this.views) {
         const found = this.cell(site, view, layer, position);

@@ -22,7 +22,8 @@ import train_toy as toy
 from minibupo import FULL, SITES, Policy
 from model import GPT, GPTConfig
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic
     --no-first-run --disable-background-networking --disable-component-update --disable-sync
@@ -611,6 +612,17 @@ def test_a_reader_with_a_phone_or_a_screen_reader(page, tmp_path):
 
 
 # ---- the command ----
+
+
+def test_names_of_the_models(finished, copied):
+    run = analyze.Run(finished, device="cpu")
+    other = analyze.Run(copied, device="cpu")
+    assert list(analyze.live_models(run, None)) == ["base", "phase1", "final"]
+    assert analyze.live_labels(run, None)["final"] == "BuPO, final"
+    assert analyze.live_labels(run, other)["other"] == f"BuPO, final ({copied.name})"
+    other.settings.algo = "grpo"
+    assert analyze.live_labels(run, other)["other"] == "GRPO, final"
+    assert analyze.live_labels(other, run)["phase1"] == "GRPO, after phase 1"
 
 
 def test_what_rounding_changes(finished, monkeypatch):
