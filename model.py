@@ -227,8 +227,9 @@ class LanguageModel(nn.Module):
         """Sample num_samples responses to each prompt, which end in eos_id or at max_new_tokens.
 
         prompt (Q, P) holds token ids, padded on the right if prompt_len (Q,) says that a row is
-        shorter. Temperature 0 is greedy. Raises ValueError for invalid options, and for a sequence
-        that would be longer than the context.
+        shorter. Temperature 0 is greedy. eos_id is one id, or several, any of which ends a
+        response. Raises ValueError for invalid options, and for a sequence that would be longer
+        than the context.
 
         All rows advance together, one position at a time. While a row is still inside its prompt,
         its own prompt tokens are fed. So every row has its true positions, and nothing is masked.
@@ -241,6 +242,7 @@ class LanguageModel(nn.Module):
         prompt_len = prompt_len.repeat_interleave(num_samples)  # (N,)
         end = prompt_len + max_new_tokens  # (N,) until a row meets its EOS
         N = len(prompt_len)
+        eos_ids = torch.tensor([] if eos_id is None else eos_id, device=device)
         tokens = torch.full((N, total), pad_id, dtype=torch.long, device=device)
         tokens[:, : prompt.shape[1]] = prompt.repeat_interleave(num_samples, dim=0)
 
@@ -258,8 +260,8 @@ class LanguageModel(nn.Module):
             responds = (t >= prompt_len[rows]) & (t < end[rows])
             token = torch.where(responds, token, tokens[rows, t])
             tokens[rows, t] = token
-            if eos_id is not None:
-                end[rows] = torch.where(responds & (token == eos_id), t + 1, end[rows])
+            ended = responds & torch.isin(token, eos_ids)
+            end[rows] = torch.where(ended, t + 1, end[rows])
             if t + 1 == total:
                 break
 
