@@ -286,6 +286,18 @@ def _shallow_copy(module):
     return copied
 
 
+@torch.no_grad()
+def norm_scales(model):
+    """The factor (d,) by which the final norm of an HFModel scales each dimension, as measured.
+
+    Its weight would not tell: Gemma scales by 1 + weight, and OLMo's norm has none. The vector has
+    a mean of 0 and a size of 1, so that nothing but the scale changes it; a bias falls out.
+    """
+    h = torch.ones_like(model.lm_head.weight[:1])
+    h[:, 1::2] = -1
+    return ((model.final_norm(h) - model.final_norm(-h)) / (2 * h))[0]
+
+
 def as_list(ids) -> list[int]:
     """Token ids as transformers has them, None or one or several, as a list."""
     if ids is None:

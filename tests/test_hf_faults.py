@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 
 import minibupo_hf.train
-from minibupo_hf.adapter import HFModel, encode_chat, encode_text, load
+from minibupo_hf.adapter import HFModel, encode_chat, encode_text, load, norm_scales
 from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
 from tests.test_hf import (
     OPEN,
@@ -526,3 +526,22 @@ def test_what_math_verify_accepts():
     for solution in "72", "$72$", r"\boxed{72}", "#### 72":
         assert reward(answers, solution=[solution] * 6) == [1, 1, 0, 0, 0, 0]
     assert reward(answers[:2], solution=["seventy-two", 72]) == [None, None]
+
+
+# ---- the final norm ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family,wanted",
+    [
+        ("Llama", lambda norm: norm.weight),
+        ("Gemma", lambda norm: 1 + norm.weight),
+        ("Gemma3Text", lambda norm: 1 + norm.weight),
+        ("Olmo", lambda norm: torch.ones(32)),  # has no weight
+        ("GPT2", lambda norm: norm.weight),  # takes the mean away, and has a bias
+    ],
+)
+def test_what_the_final_norm_does_is_measured(family, wanted):
+    model = HFModel(build(family, **OPEN.get(family, dict(head_dim=8))))
+    scales = wanted(model.final_norm)
+    torch.testing.assert_close(norm_scales(model), scales, rtol=1e-3, atol=1e-3)
