@@ -6,6 +6,7 @@ Models, data and trainers are those of test_hf.py.
 # ruff: noqa: E402 - imports come after the check that the extra is there
 
 import gc
+import inspect
 import itertools
 import json
 import shutil
@@ -17,6 +18,7 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 
 import peft
 import transformers
+import trl
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
@@ -545,3 +547,34 @@ def test_what_the_final_norm_does_is_measured(family, wanted):
     model = HFModel(build(family, **OPEN.get(family, dict(head_dim=8))))
     scales = wanted(model.final_norm)
     torch.testing.assert_close(norm_scales(model), scales, rtol=1e-3, atol=1e-3)
+
+
+# ---- what bupo_trainer.py needs of TRL -----------------------------------------------------------
+
+PRIVATE = {  # methods of GRPOTrainer that TRL may change without notice, and their first parameters
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_per_token_logps_and_entropies": [
+        *["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    ],
+}
+ATTRIBUTES = ["_step", "_buffered_inputs", "_metrics", "num_iterations", "num_generations"]
+ATTRIBUTES += ["vllm_importance_sampling_correction", "max_completion_length"]
+ATTRIBUTES += ["_name", "_paper", "_tag_names"]
+RELIED_ON = "self._step % generate_every == 0 or self._buffered_inputs is None"
+
+
+def test_trl_still_has_what_the_trainer_stands_on(tmp_path):
+    at = f"TRL {trl.__version__}: bupo_trainer.py stands on GRPOTrainer"
+    for name, wanted in PRIVATE.items():
+        method = getattr(GRPOTrainer, name, None)
+        assert method, f"{at}.{name}, which is gone"
+        found = list(inspect.signature(method).parameters)
+        assert found[: len(wanted)] == wanted, f"{at}.{name}{tuple(wanted)}, not {tuple(found)}"
+    options = OPTIONS | dict(max_steps=1)
+    args = trl.GRPOConfig(output_dir=str(tmp_path), **options)
+    trainer = GRPOTrainer(build(**TIED), even, args, prompts(8), processing_class=TOKENIZER)
+    for name in ATTRIBUTES:
+        assert hasattr(trainer, name), f"{at}.{name}, which is gone"
+    assert trainer._step == 0 and trainer._buffered_inputs is None, f"{at} that counts from 0"
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert RELIED_ON in source, f"{at}._prepare_inputs, which no longer samples where `{RELIED_ON}`"
