@@ -11,6 +11,7 @@ then the whole model (phase 2, plain GRPO).
     4  InterGRPO                     Eq. 10          policy_loss
     5  BuPO                          Eq. 11, 15, 16  Algorithm 1: phases; one step of it: update
     6  measures                      Eq. 8, 9, 13    look_inside, pass_at_k
+    7  checks of what is passed in                   skip on first reading
 
 This file and analyze.py need the following of a model. model.GPT provides it, and so does
 minibupo_hf/adapter.py for the models of transformers.
@@ -22,7 +23,7 @@ minibupo_hf/adapter.py for the models of transformers.
                                    resid_post
     model.unembed(h)               h E_u^T, without the final norm
     model.final_norm(h)            the final norm
-    model.n_layer, model.vocab_size, model.device, model.parameters()
+    model.n_layer, model.vocab_size, model.device, model.parameters(), model.eval()
     model.generate(prompt, max_new_tokens, ...)    samples: tokens, prompt_len, end as in Rollouts
     model.truncated(layer)         the internal policy of a layer as a model of its own
 
@@ -31,7 +32,7 @@ B rows of any kind, T tokens, V vocabulary, d width, L layers, M response positi
 """
 
 from itertools import islice
-from math import comb
+from math import comb, isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -87,14 +88,14 @@ def policy_logits(model, tokens, policy=FULL, mask=None):
     Layers above policy.layer are not computed, so they get no gradient. Raises ValueError for a
     layer or site that the model does not have.
     """
+    require_choice("site", policy.site, SITES)
+    if mask is not None:
+        require_mask(mask, tokens.shape)
     layer, site = policy
-    if site not in SITES:
-        raise ValueError(f"site must be one of {', '.join(SITES)}, not {site!r}")
 
     if policy == FULL:
-        logits = model(tokens)
-        return logits if mask is None else logits[mask]
-    if site == "resid_post":
+        h = model.final_norm(model.residual(tokens, model.n_layer))
+    elif site == "resid_post":
         h = model.residual(tokens, layer)  # H^l
     elif layer is None or not 1 <= layer <= model.n_layer:
         raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
@@ -108,7 +109,10 @@ def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
     """log pi(tokens[:, t+1] | tokens[:, :t+1]) of a policy: (N, T-1), 0 outside mask (N, T-1).
 
     All logits, also those of internal policies, are divided by the temperature of the sampling.
+    Raises ValueError unless mask has this shape and temperature is above 0.
     """
+    require_mask(mask, (tokens.shape[0], tokens.shape[1] - 1))
+    require_positive(temperature=temperature)
     logits = policy_logits(model, tokens[:, :-1], policy, mask)  # (M, V)
     log_pi = (at_least_float32(logits) / temperature).log_softmax(-1)
     chosen = tokens[:, 1:][mask]  # (M,)
@@ -135,20 +139,22 @@ def target_layer(dH_mlp) -> int:
     """The layer of phase 1: the last l below the top whose FFN raises entropy, dH_FFN^l > 0.
 
     dH_mlp (L,) is the mean over positions, look_inside(...)["dH_mlp"].mean(1). Raises ValueError if
-    no FFN below the top raises entropy: for this case the paper has no rule.
+    no FFN below the top raises entropy (for this case the paper has no rule), and for NaN.
     """
-    raising = [l for l, change in enumerate(dH_mlp[:-1], 1) if change > 0]
+    changes = [float(change) for change in dH_mlp]
+    values = " ".join(f"{change:.2f}" for change in changes)
+    if not all(map(isfinite, changes)):
+        raise ValueError(f"dH of the FFNs must be finite, not {values}")
+    raising = [l for l, change in enumerate(changes[:-1], 1) if change > 0]
     if not raising:
-        values = " ".join(f"{float(change):.2f}" for change in dH_mlp)
-        raise ValueError(
-            f"the rule picks no layer, because no FFN below the top has dH > 0: {values}"
-        )
+        raise ValueError(f"the rule picks no layer, as no FFN below the top has dH > 0: {values}")
     return raising[-1]
 
 
 # ---- 3. GRPO's two pieces (Eq. 4) --------------------------------------------------------------
 
 ADVANTAGES = ("grpo", "rloo", "reinforce++")
+AVERAGES = ("token", "sequence")
 
 
 def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
@@ -160,14 +166,15 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
     "reinforce++"  (R - mean) / (std + eps) of the whole batch, without groups (Hu 2025)
 
     They are exactly 0 if all rewards of the group (or batch) are equal. Raises ValueError for
-    another kind, or G < 2.
+    another kind, for G < 2, and for a reward that is NaN or infinite.
     """
-    if kind not in ADVANTAGES:
-        raise ValueError(f"kind of advantage must be one of {', '.join(ADVANTAGES)}, not {kind!r}")
+    require_choice("kind of advantage", kind, ADVANTAGES)
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (questions, 2 or more), not {tuple(rewards.shape)}")
-
     rewards = at_least_float32(rewards)
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0]}")
+
     over = (0, 1) if kind == "reinforce++" else 1  # the whole batch, or a group
     centred = rewards - rewards.mean(over, keepdim=True)
     if kind == "rloo":
@@ -195,7 +202,14 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
     A token is clipped if the clip takes its gradient away: advantage > 0 and ratio > 1 + clip, or
     advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the official code,
     to avoid overflow in exp. So a token with advantage < 0 and log-ratio > 20 is clipped, too.
+    Raises ValueError for other shapes, another average, or clip <= 0.
     """
+    require_choice("average", average, AVERAGES)
+    require_positive(clip=clip)
+    require_mask(mask, logp.shape)
+    require_shape("old_logp", old_logp, logp.shape)
+    require_shape("advantages", advantages, logp.shape[:1])
+
     advantages = advantages[:, None]
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.clamp(-20, 20).exp()
@@ -203,11 +217,9 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
 
     if average == "token":
         total = objective.sum() / (mask.sum() if normalizer is None else normalizer)
-    elif average == "sequence":
+    else:
         per_row = objective.sum(1) / mask.sum(1).clamp(min=1)
         total = per_row.sum() / (len(mask) if normalizer is None else normalizer)
-    else:
-        raise ValueError(f"average must be 'token' or 'sequence', not {average!r}")
 
     too_high = (advantages > 0) & (ratio > 1 + clip)
     too_low = (advantages < 0) & ((ratio < 1 - clip) | (log_ratio > 20))
@@ -303,22 +315,29 @@ def update(
 
     What learns (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u, layers 1..l and the embedding.
     The layers above and the final norm get none. Their .grad stays None, so neither weight decay
-    nor momentum moves them in phase 1.
+    nor momentum moves them in phase 1. Parameters that the optimizer does not hold are left alone,
+    .grad included. The model is put into eval(), because dropout would make the ratios random.
 
     `temperature` is that of the sampling, `advantage` is group_advantages' kind, `average` and
     `clip` are surrogate's. `chunk` rows go through the model at a time; the gradient does not
     depend on it. Mini-batches take the questions in order, so sample them in random order.
 
     Returns {"clip_fraction": clipped tokens / response tokens, "grad_norm": before clipping, mean
-    over optimizer steps, "optimizer_steps"}. Raises ValueError for more mini-batches than
-    questions, and FloatingPointError before a step whose loss or gradient is not finite.
+    over optimizer steps, "optimizer_steps"}. Raises ValueError for rollouts or options that do not
+    fit, before anything changes, and FloatingPointError before a step whose loss or gradient is not
+    finite.
     """
+    require_rollouts(rollouts)
+    require_choice("average", average, AVERAGES)
+    require_positive(temperature=temperature, clip=clip, max_grad_norm=max_grad_norm, chunk=chunk)
     Q, G = rollouts.rewards.shape
     if not 1 <= minibatches <= Q:
         raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
+    parameters = learning_parameters(model, optimizer)
     device = rollouts.tokens.device
     advantages = group_advantages(rollouts.rewards, advantage).flatten().to(device)  # (N,)
     lengths = rollouts.end - rollouts.prompt_len  # (N,) tokens of each response
+    model.eval()
 
     # 1. Cut the batch into mini-batches of questions, and these into chunks of rows. A row with
     #    advantage 0 has no gradient: it counts in the normalizer but is not computed.
@@ -359,10 +378,10 @@ def update(
                 average=average,
                 normalizer=normalizer,
             )
-            part.backward()
+            part.backward(inputs=parameters)
             loss += part.detach()
             clipped += n
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise FloatingPointError(f"loss {loss} or gradient norm {norm} is not finite")
         optimizer.step()
@@ -395,6 +414,15 @@ def chunks_of(rollouts: Rollouts, rows, size: int):
         )
 
 
+def learning_parameters(model, optimizer) -> list:
+    """The parameters that the optimizer holds and that learn. Raises ValueError if the model has
+    none of them: the optimizer was made for another model, or for a copy."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if {id(p) for p in held}.isdisjoint(id(p) for p in model.parameters()):
+        raise ValueError("the optimizer holds no parameter of this model that learns")
+    return held
+
+
 # ---- 6. Measures -------------------------------------------------------------------------------
 
 
@@ -417,8 +445,10 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
         rms_layer+ rms_attn rms_mlp    root mean square over d
 
     `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so the memory
-    for logits does not grow with layers or positions. Raises ValueError for an empty mask.
+    for logits does not grow with layers or positions. Raises ValueError for a mask that is empty or
+    has another shape.
     """
+    require_mask(mask, (tokens.shape[0], tokens.shape[1] - 1))
     if not mask.any():
         raise ValueError("there are no response positions to look at")
     chunk = chunk or max(1, 2**24 // model.vocab_size)
@@ -485,9 +515,53 @@ def pass_at_k(n: int, c, k: int):
     """Unbiased Pass@K, 1 - C(n-c, k) / C(n, k): the chance that one of k samples is correct.
 
     c is how many of a problem's n samples are correct, or an array of such counts. Returns float64
-    of the same shape. Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
+    of the same shape. Raises ValueError unless 1 <= k <= n, 0 <= c <= n, and all are integers.
     """
-    c = np.asarray(c, dtype=int)
-    if not 1 <= k <= n or np.any((c < 0) | (c > n)):
-        raise ValueError(f"1 <= k <= n and 0 <= c <= n must hold, not k = {k}, n = {n}, c = {c}")
-    return np.array([1 - comb(n - correct, k) / comb(n, k) for correct in range(n + 1)])[c]
+    counts = np.asarray(c, dtype=float)
+    if not 1 <= k <= n or not np.isin(counts, range(n + 1)).all():
+        raise ValueError(f"1 <= k <= n and c in 0..n must hold, not k = {k}, n = {n}, c = {c}")
+    table = [1 - comb(n - correct, k) / comb(n, k) for correct in range(n + 1)]
+    return np.array(table)[counts.astype(int)]
+
+
+# ---- 7. Checks of what is passed in: skip on first reading ---------------------------------------
+
+
+def require_shape(name: str, tensor, shape):
+    """Raise ValueError unless the tensor has this shape: others would broadcast in silence."""
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(tensor.shape)}")
+
+
+def require_mask(mask, shape):
+    """Raise ValueError unless the mask has this shape and is boolean: integers would be indices."""
+    require_shape("mask", mask, shape)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be of type torch.bool, not {mask.dtype}")
+
+
+def require_rollouts(rollouts: Rollouts):
+    """Raise ValueError unless all shapes fit, and each row has a prompt, then a response."""
+    tokens, prompt_len, end, rewards = rollouts
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have the shape (N, T), not {tuple(tokens.shape)}")
+    N, T = tokens.shape
+    require_shape("prompt_len", prompt_len, (N,))
+    require_shape("end", end, (N,))
+    if rewards.dim() != 2 or rewards.numel() != N:
+        raise ValueError(f"rewards must be (Q, G) with Q G = {N} rows, not {tuple(rewards.shape)}")
+    if not ((1 <= prompt_len) & (prompt_len <= end) & (end <= T)).all():
+        raise ValueError(f"1 <= prompt_len <= end <= {T} must hold in every row")
+
+
+def require_choice(name: str, value, choices):
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def require_positive(**values):
+    """Raise ValueError unless all values are above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, not {value}")

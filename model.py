@@ -55,10 +55,14 @@ class GPTConfig:
             if self.d_model % self.n_head:
                 raise ValueError(f"n_head = {self.n_head} does not divide d_model = {self.d_model}")
             self.head_dim = self.d_model // self.n_head
+        if self.head_dim < 2 or self.head_dim % 2:
+            default = f"d_model / n_head, here {self.d_model} / {self.n_head}"
+            raise ValueError(
+                f"head_dim (by default {default}) must be even for rotary positions, "
+                f"not {self.head_dim}"
+            )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head = {self.n_kv_head} does not divide n_head = {self.n_head}")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
 
 
 # ---- 2. One layer ------------------------------------------------------------------------------
@@ -82,8 +86,9 @@ class LayerTrace(NamedTuple):
 
 def rope_table(cfg: GPTConfig):
     """cos and sin (context_length, 1, D) of position * theta^(-2i/D), i = 0..D/2-1, twice over."""
-    i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
-    position = torch.arange(cfg.context_length, dtype=torch.float64)
+    precise = {"dtype": torch.float64, "device": "cpu"}  # some devices have no float64
+    i = torch.arange(0, cfg.head_dim, 2, **precise)
+    position = torch.arange(cfg.context_length, **precise)
     angle = position[:, None] * cfg.rope_theta ** (-i / cfg.head_dim)  # (context_length, D/2)
     angle = torch.cat((angle, angle), dim=-1)[:, None]
     return angle.cos().float(), angle.sin().float()
@@ -369,8 +374,9 @@ class GPT(LanguageModel):
         if cfg.tied:
             self.lm_head.weight = self.embed.weight
         cos, sin = rope_table(cfg)
-        self.register_buffer("cos", cos, persistent=False)  # (context_length, 1, D)
-        self.register_buffer("sin", sin, persistent=False)
+        # in the type and on the device of the weights, which the user's defaults decide
+        self.register_buffer("cos", cos.to(self.embed.weight), persistent=False)
+        self.register_buffer("sin", sin.to(self.embed.weight), persistent=False)
 
     def residual(self, tokens, layer: int):
         """H^layer (B, T, d) for tokens (B, T), from the first `layer` blocks; layer 0: embedding.
