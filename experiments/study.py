@@ -96,6 +96,15 @@ def only_reset(run: Training):
         yield step, rollouts
 
 
+def idle(run: Training):
+    """GRPO whose first s_inter updates are skipped; everything else is done as in GRPO."""
+    for step, _ in run.phases(FULL):
+        rollouts = run.sample(step)
+        if step > run.s_inter:
+            run.update(run.model, rollouts, FULL)
+        yield step, rollouts
+
+
 def frozen_above(run: Training):
     """GRPO in both phases; in phase 1 only the weights that BuPO would train are trained."""
     for step, _ in run.phases(FULL):
@@ -171,6 +180,7 @@ ARMS = {
     **{f"BuPO, rule, s_inter {n}": Arm(s_inter=n) for n in (2, 10, 20, 60)},
     "BuPO, rule, attention": Arm(s_inter=5, site="attn_out"),
     "BuPO, rule, FFN": Arm(s_inter=5, site="mlp_out"),
+    **{f"GRPO, idle {n}": Arm(s_inter=n, loop=idle) for n in (5, 20)},
     "GRPO, moments reset at 5": Arm(s_inter=5, loop=only_reset),
     "BuPO, rule, moments kept": Arm("BuPO, rule", 5, loop=moments_kept),
     "BuPO, layer 3, on-policy": Arm("BuPO, layer 3", 5, 3, loop=on_policy),
@@ -195,7 +205,14 @@ MAIN = ("GRPO", "BuPO, rule", "BuPO, layer 3", "96 problems, GRPO", "96 problems
 BASES, SEEDS = range(70, 78), (500, 501)
 SIZES = dict(questions=32, steps=60, lr=4e-4, threads=1, eval_problems=128)
 QUICK = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
-QUICK_ARMS = ("GRPO", "BuPO, rule", "GRPO, above 3 frozen", "BuPO, rule, normed", "PPO, BuPO")
+QUICK_ARMS = (
+    "GRPO",
+    "BuPO, rule",
+    "GRPO, above 3 frozen",
+    "GRPO, idle 5",
+    "BuPO, rule, normed",
+    "PPO, BuPO",
+)
 
 
 def plan() -> list[tuple]:
@@ -311,8 +328,15 @@ def differences(lines: list[dict], name: str, difference) -> list[float]:
     return [100 * value for value in found]
 
 
+def without_phase_1(name: str) -> str:
+    """Return the control of an arm that has no phase 1: that of its control, if need be."""
+    while ARMS[name].s_inter:
+        name = ARMS[name].control
+    return name
+
+
 def report(lines: list[dict]) -> str:
-    """Return all contrasts as a Markdown table, in points with 95% intervals over base models."""
+    """Return all contrasts and what a step of phase 1 is worth, with intervals over base models."""
     contrasts = {
         name: lambda line, control, read=read: read(line) - read(control)
         for name, read in MEASURES.items()
@@ -324,10 +348,16 @@ def report(lines: list[dict]) -> str:
         if found[0]:
             cells = [common.with_interval(values) for values in found]
             rows.append([f"{name} - {arm.control}", len(found[0]), *cells])
-    table = common.markdown_table(["arm - control", "bases", *contrasts], rows)
+    accuracy = common.markdown_table(["arm - control", "bases", *contrasts], rows)
+    arms = {name: (without_phase_1(name), arm.s_inter) for name, arm in ARMS.items() if arm.s_inter}
+    worth = common.worth_table(lines, arms, unit="base")
     return (
-        f"{len(lines)} runs of `python -m experiments.study`, whose plan has {len(plan())}; "
-        f"± half of the 95% interval over base models, in points\n\n{table}"
+        f"{len(lines)} runs of `python -m experiments.study`, whose plan has {len(plan())}. "
+        "± is half of a 95% t-interval over base models.\n\n"
+        "## Held-out accuracy, in points\n\n"
+        f"{accuracy}\n\n"
+        "## What a step of phase 1 is worth\n\n"
+        f"{common.WORTH_NOTE}\n\n{worth}"
     )
 
 

@@ -113,6 +113,21 @@ def test_the_frozen_arm_trains_pi_theta_and_bupo_the_layer(tiny_base):
     assert cosine("frozen", "grpo") > cosine("frozen", "bupo") + 0.1
 
 
+def test_the_idle_arm_skips_the_first_updates_and_nothing_else(tiny_base):
+    weights, job = weights_by_step(tiny_base, study.Arm(s_inter=3, layer=2, loop=study.idle))
+    for before, after in zip(weights[:3], weights[1:4]):
+        assert moved(before, after) == set()
+    # what follows is GRPO on the problems, and on the rewards, of steps 4 to 6
+    path, sizes = tiny_base
+    torch.manual_seed(0)
+    model = toy.load_model(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.s.lr, fused=True)
+    for step in (4, 5, 6):
+        update(model, optimizer, job.sample(step, model), FULL)
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, weights[step][name])
+
+
 @pytest.mark.parametrize("loop", [study.bupo, study.only_reset, study.moments_kept])
 def test_when_the_moments_are_reset(tiny_base, loop):
     """AdamW counts the optimizer steps since the reset: four for each step of RL."""
