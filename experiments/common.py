@@ -252,27 +252,23 @@ def layer_of(parameter_name: str) -> int | None:
     return int(number[1]) + 1 if number else None
 
 
+def above(model, layer: int) -> list:
+    """Return the parameters that phase 1 at a layer does not train: blocks above it, final norm."""
+    return [*model.blocks[layer:].parameters(), *model.final_norm.parameters()]
+
+
 def gradient(model, rollouts, policy=FULL, weights=None, chunk=64) -> dict[int, torch.Tensor]:
     """Return the gradient of GRPO's loss on a batch by layer: {layer: one vector}.
 
     Before the first update of a batch every ratio is 1. The gradient of the loss is then that of
     -sum(weight * log pi(token)) / tokens, over all response tokens. `weights` (N,) are the GRPO
-    advantages unless they are given; rows of weight 0 are not computed. A layer without gradient is
-    left out. `chunk` rows go through the model at a time.
+    advantages unless they are given. A layer without gradient is left out. `chunk` rows go through
+    the model at a time.
     """
     if weights is None:
         weights = group_advantages(rollouts.rewards).flatten()
-    weights = weights.to(model.device)
     tokens_in_all = (rollouts.end - rollouts.prompt_len).sum()
-    model.zero_grad(set_to_none=True)
-    learning = weights.nonzero()[:, 0]
-    for start in range(0, len(learning), chunk):
-        rows = learning[start : start + chunk]
-        T = int(rollouts.end[rows].max())
-        mask = response_mask(rollouts.prompt_len[rows], rollouts.end[rows], T)
-        logp = token_logprobs(model, rollouts.tokens[rows, :T], mask, policy)
-        loss = -(weights[rows, None] * logp).sum() / tokens_in_all
-        loss.backward()
+    backward(model, rollouts, policy, -weights.to(model.device) / tokens_in_all, chunk)
     parts = {}
     for name, parameter in model.named_parameters():
         layer = layer_of(name)
@@ -280,6 +276,21 @@ def gradient(model, rollouts, policy=FULL, weights=None, chunk=64) -> dict[int, 
             parts.setdefault(layer, []).append(parameter.grad.flatten())
     model.zero_grad(set_to_none=True)
     return {layer: torch.cat(vectors) for layer, vectors in parts.items()}
+
+
+def backward(model, rollouts, policy, weights, chunk: int):
+    """Set .grad to the gradient of sum(weight * log pi(response)) over the rows of a batch.
+
+    Rows whose weight is 0 are not computed.
+    """
+    model.zero_grad(set_to_none=True)
+    learning = weights.nonzero()[:, 0]
+    for start in range(0, len(learning), chunk):
+        rows = learning[start : start + chunk]
+        T = int(rollouts.end[rows].max())
+        mask = response_mask(rollouts.prompt_len[rows], rollouts.end[rows], T)
+        logp = token_logprobs(model, rollouts.tokens[rows, :T], mask, policy)
+        (weights[rows] * logp.sum(1)).sum().backward()
 
 
 def cosine(one: dict, other: dict) -> float:

@@ -62,12 +62,6 @@ class Training:
         """Return the rollouts of a step, sampled from the model unless another one is given."""
         return toy.rollouts(self.s, model or self.model, step, self.questions(self.s, step))
 
-    def freeze_above(self, frozen: bool):
-        """Take the layers above the chosen one and the final norm out of training, or put back."""
-        above = [*self.model.blocks[self.layer :].parameters(), *self.model.final_norm.parameters()]
-        for parameter in above:
-            parameter.requires_grad_(not frozen)
-
 
 # Algorithm 1 and its variations. Each yields (step, rollouts) after the step's update.
 
@@ -108,7 +102,8 @@ def idle(run: Training):
 def frozen_above(run: Training):
     """GRPO in both phases; in phase 1 only the weights that BuPO would train are trained."""
     for step, _ in run.phases(FULL):
-        run.freeze_above(step <= run.s_inter)
+        for parameter in common.above(run.model, run.layer):
+            parameter.requires_grad_(step > run.s_inter)
         rollouts = run.sample(step)
         run.update(run.model, rollouts, FULL)
         yield step, rollouts
