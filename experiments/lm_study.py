@@ -21,7 +21,7 @@ import torch
 
 from experiments import common
 from experiments.common import cosine, gradient, markdown_table, with_interval
-from experiments.language_models import GROUP, arithmetic_rollouts, fetch
+from experiments.language_models import GROUP, ROWS, arithmetic_rollouts, fetch
 from minibupo import Policy, group_advantages
 from minibupo_hf.adapter import load
 from train_toy import pick_device
@@ -31,7 +31,6 @@ TASKS = {  # the arithmetic of minibupo_hf/train.py, longest response, questions
     "qwen": dict(digits=2, operations="+", longest=5, questions=12),
 }
 BATCHES = 4
-ROWS = 16  # that go through a model at a time
 
 # ---- cosines -------------------------------------------------------------------------------------
 
