@@ -85,6 +85,22 @@ def scatter(points: list[tuple]):
     save(figure, "study_prediction.png")
 
 
+def predicted_and_measured(points: list[tuple]):
+    """Draw measured against predicted worth: one point per base model, W and arm, with y = x."""
+    figure, ax = plt.subplots(figsize=(4.5, 4), layout="constrained")
+    for i, W in enumerate((0, *study.WEIGHTS)):
+        for marker, is_frozen in (("o", False), ("s", True)):
+            chosen = [x[3:] for x in points if x[2] == W and ("frozen" in x[0]) == is_frozen]
+            kind = "frozen control" if is_frozen else "phase 1"
+            if chosen:
+                style = dict(color=f"C{i}", markersize=3.5, label=f"{kind}, W = {W}")
+                ax.plot(*zip(*chosen), marker, fillstyle="none" if is_frozen else "full", **style)
+    ax.axline((0, 0), slope=1, color="0.45", linewidth=0.8)
+    ax.set(xlabel="worth of a step, predicted without training", ylabel="worth as measured")
+    ax.legend(fontsize=7)
+    save(figure, "study_worth.png")
+
+
 def training(pairs: list[dict]):
     """Draw the held-out reward of language models in training by minibupo_hf/train.py.
 
@@ -138,6 +154,9 @@ def of_study() -> int:
     effects(runs, pairs)
     training(pairs)
     scatter(mechanism.prediction(common.read_lines(mechanism.RESULTS), runs))
+    points = mechanism.worth_points(common.read_lines(mechanism.WORTH_RESULTS), runs)
+    if points:
+        predicted_and_measured(points)
     return 0
 
 
