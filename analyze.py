@@ -10,7 +10,7 @@
 
 Every command except `all` and `dynamics` also accepts a language model in place of RUN: a name on
 the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file. This needs the
-extra `hf`. In Python, each command is a function of the same name:
+extra `hf`. In Python, each command is a function of the same name, and `all` is `everything`:
 
     run = analyze.Run("out/bupo-seed0", checkpoint="final")
     analyze.lens(run, "7+5*3-2=")
@@ -21,8 +21,10 @@ of the embedding, before the first layer.
 
 import argparse
 import copy
+import io
 import json
 import math
+import os
 import re
 import sys
 from functools import partial
@@ -83,20 +85,26 @@ class Run:
         self.settings = toy.read_settings(self.path)
         self.device = toy.pick_device(device)
         self.checkpoint = checkpoint
-        # the names of all checkpoints of this run, in the order of training
-        self.checkpoints = [name for name, file in CHECKPOINTS.items() if self._has(file)]
+        # the checkpoints that this run has, in the order of training
+        files = {name: self.path / file for name, file in CHECKPOINTS.items()}
+        self.checkpoints = [name for name, file in files.items() if file.is_file()]
         self.folder = Path(folder or self.path / "figures")
         self.eos_id = toy.EOS
         self.response_limit = self.settings.response_limit
         self.decode = toy.ENCODING.decode
         torch.set_num_threads(self.settings.threads)
 
-    def _has(self, file: str) -> bool:
-        return (self.path / file).is_file()
+    def file_of(self, name: str) -> Path:
+        """Return the file of a checkpoint. Raise ValueError if the run does not have it."""
+        if name not in self.checkpoints:
+            found = ", ".join(self.checkpoints) or "none"
+            missing = self.path / CHECKPOINTS.get(name, name)
+            raise ValueError(f"{missing} is missing; the checkpoints of this run are: {found}")
+        return self.path / CHECKPOINTS[name]
 
     def load(self, name=None):
         """Return the model of a checkpoint, by default the chosen one."""
-        return toy.load_model(self.path / CHECKPOINTS[name or self.checkpoint], self.device)
+        return toy.load_model(self.file_of(name or self.checkpoint), self.device)
 
     def encode(self, prompt: str, response: str):
         """Return the token ids of prompt and response, and how many belong to the prompt."""
@@ -108,7 +116,7 @@ class Run:
 
     def target_policy(self) -> Policy:
         """Return the policy of phase 1; for a GRPO run, the one that its log follows."""
-        path = self.path / "ckpt.pt"
+        path = self.file_of("final")
         _, content = toy.load_checkpoint(path)
         with toy.reading(path):
             return Policy(*content["target"])
@@ -176,6 +184,8 @@ def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
     if prompt is None and text is None:
         return subject.own_text(model)
 
+    refuse_empty(prompt, "prompt")
+    refuse_empty(text, "response")
     ids, prompt_len = subject.encode(prompt or "", text or "")
     tokens = torch.tensor([ids], device=model.device)
     if text is None:
@@ -189,6 +199,12 @@ def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
     if not mask.any():
         raise ValueError("there is no response to look at")
     return tokens, mask
+
+
+def refuse_empty(text: str | None, name: str):
+    """Raise ValueError for a text that is given but empty."""
+    if text == "":
+        raise ValueError(f"the {name} is empty")
 
 
 # ---- entropy (Fig. 2, 3) and writes (Appendix B.2) ---------------------------------------------
@@ -461,9 +477,7 @@ def draw_lens(page: dict, checkpoint: str) -> Figure:
         ax.set(ylabel="layer", title=title)
         ax.tick_params(length=0)
     axes[2].set_xticks(range(M), page["next_tokens"], parse_math=False)
-    axes[2].set_xlabel(
-        "token that follows in the response; in bold where it is the policy's likeliest token"
-    )
+    axes[2].set_xlabel("token that follows in the response (bold if the policy finds it likeliest)")
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
     if page["note"]:
         figure.supxlabel(page["note"], size=6, color=GREY)
@@ -501,6 +515,7 @@ def shortened(text: str, length: int) -> str:
 def sample(subject: Subject, prompt=None, layer=None):
     """Print responses of an internal policy and of pi_theta; for a run, their accuracy as well."""
     prompt = EXAMPLE if prompt is None else prompt
+    refuse_empty(prompt, "prompt")
     model = subject.load()
     layer = subject.target_policy().layer if layer is None else layer
     ids, _ = subject.encode(prompt, "")
@@ -521,10 +536,10 @@ def sample(subject: Subject, prompt=None, layer=None):
 
 
 def print_accuracy(run: Run, policy):
-    """Print a policy's accuracy on 128 held-out problems of each length."""
+    """Print a policy's accuracy on 128 held-out problems of each number of digits."""
     results, _ = toy.evaluate(policy, run.settings, run.settings.tiers, 128)
     shares = [f"n = {n}: {100 * result[AVERAGE]:.1f}%" for n, result in results.items()]
-    print(f"  {AVERAGE} on 128 held-out problems of each length:   " + "   ".join(shares))
+    print(f"  {AVERAGE} on 128 held-out problems of each number of digits:   " + "   ".join(shares))
 
 
 # ---- step --------------------------------------------------------------------------------------
@@ -576,12 +591,22 @@ def question_for_step(subject: Subject, model, prompt, responses, rewards) -> Ro
     """Return the given question with its responses, or the run's first mixed one."""
     if prompt is None and not responses and not rewards:
         return subject.first_mixed_question(model)
-    if not prompt or not responses or len(responses) != len(rewards or []):
-        raise ValueError("step takes a prompt, --responses and as many --rewards, or none of them")
+    responses = responses or []
+    rewards = rewards or []
+    if prompt is None or len(responses) < 2 or len(responses) != len(rewards):
+        given = f"{len(responses)} responses and {len(rewards)} rewards"
+        raise ValueError(
+            "step takes a prompt, two or more --responses and as many --rewards, or none of them, "
+            f"not {'a' if prompt else 'no'} prompt, {given}"
+        )
+    refuse_empty(prompt, "prompt")
+    for response in responses:
+        refuse_empty(response, "response")
     rows, prompt_len = zip(*(subject.encode(prompt, response) for response in responses))
     tokens, end = toy.padded(list(rows), model.device, value=0)
     prompt_len = torch.tensor(prompt_len, device=model.device)
-    return Rollouts(tokens, prompt_len, end, torch.tensor([rewards], device=model.device))
+    rewards = torch.tensor([rewards], dtype=torch.float32, device=model.device)
+    return Rollouts(tokens, prompt_len, end, rewards)
 
 
 def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> StepResult:
@@ -710,7 +735,9 @@ def save(path: Path, content: str | Figure):
     if isinstance(content, str):
         toy.write_text(path, content)
     else:
-        toy.write_atomically(path, partial(content.savefig, format="png"))
+        buffer = io.BytesIO()  # with a path, savefig would not say that the disk is full
+        content.savefig(buffer, format="png")
+        toy.write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
     print(f"wrote {path}")
 
 
@@ -727,34 +754,66 @@ OF_A_RUN = ("all", "dynamics")  # commands that a language model does not have
 OF_THE_FINAL_MODEL = ("lens", "sample")  # the others look at the base by default
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict]:
+class Parser(argparse.ArgumentParser):
+    """A parser for which "-7<eos>" and "-1e-3" are values; only -h and --name are options."""
+
+    def _parse_optional(self, arg_string):
+        return super()._parse_optional(arg_string) if re.match("-h$|--[a-z]", arg_string) else None
+
+    def error(self, message):
+        if "unrecognized" in message or "expected" in message:
+            message += '; a value that begins like an option is written --text="--value"'
+        super().error(message)
+
+
+def make_parser() -> tuple[Parser, dict]:
     """Return the parser of the command line, and the parser of each command's own options."""
-    text = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser("analyze.py", **text, allow_abbrev=False)
+    parser = Parser("analyze.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, function in COMMANDS.items():
-        text = function.__doc__.split("\n\n")[0]
-        add = commands.add_parser(name, description=text, allow_abbrev=False).add_argument
+        summary = function.__doc__.split("\n\n")[0]
+        add = commands.add_parser(name, description=summary, allow_abbrev=False).add_argument
         if name in OF_A_RUN:
             add("source", metavar="RUN", help="directory of a run")
         else:
             add("source", metavar="RUN", help="directory of a run, or a language model")
             add("prompt", nargs="?", metavar="PROMPT", help=f"such as {EXAMPLE}")
             add("--prompt", dest="prompt_option", metavar="PROMPT", help="the same as an option")
-            add("--checkpoint", choices=CHECKPOINTS, help="model of the run to look at")
+            default = "final" if name in OF_THE_FINAL_MODEL else "base"
+            add("--checkpoint", choices=CHECKPOINTS, help=f"model of a run (default: {default})")
             types = ("float32", "bfloat16", "float16")
-            add("--dtype", choices=types, help="of a language model (default: float32)")
+            add("--dtype", choices=types, help="type of a language model (default: float32)")
         if name in ("entropy", "writes", "lens"):
             add("--text", help="response to look at (default: the model's own)")
         if name in ("sample", "step"):
-            add("--layer", type=int, help="1..L (default: the layer of phase 1)")
+            add("--layer", type=layer_number, help="1..L (default: the layer of phase 1)")
         if name == "step":
-            add("--responses", nargs="+", metavar="TEXT", help="a group of responses to the prompt")
-            add("--rewards", nargs="+", type=float, metavar="NUMBER", help="one for each response")
+            several = dict(nargs="+", action="extend")
+            add("--responses", **several, metavar="TEXT", help="a group of responses")
+            add("--rewards", **several, metavar="NUMBER", type=reward, help="one for each response")
         if name != "sample":
             add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
         add("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser, commands.choices
+
+
+def layer_number(text: str) -> int:
+    """Return the layer of the command line. Raise an error of argparse for an invalid one."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a layer is a whole number from 1 to L, not {text!r}")
+    return int(text)
+
+
+def reward(text: str) -> float:
+    """Return a reward of the command line. Raise an error of argparse for an invalid one."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"a reward is a finite number, not {text!r}")
+    return number
 
 
 def parse_arguments(argv) -> dict:
@@ -780,38 +839,82 @@ def open_subject(
 
     `options` are those of the command. They are checked here, before a large model is read.
     """
-    path = Path(source)
-    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.exists()
-    if path.is_file() or on_the_hub or list(path.glob("*.safetensors")):
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a directory")
+
+    if not is_language_model(source):
+        if dtype:
+            raise ValueError("--dtype is of a language model, not of a run")
+        folder = out or Path(source) / "figures" / (checkpoint or "")
+        default = "final" if command in OF_THE_FINAL_MODEL else "base"
+        return Run(source, checkpoint or default, device, folder)
+
+    try:
         if command in OF_A_RUN or checkpoint:
             raise ValueError("all, dynamics and --checkpoint are of a run, not of a language model")
         if options["prompt"] is None or options.get("layer", 1) is None:
             raise ValueError("a language model needs a prompt, and --layer to sample or step")
         return PretrainedModel(source, dtype or "float32", device, out)
+    except (ValueError, OSError, ImportError) as error:
+        if Path(source).exists():
+            raise
+        # most likely the right command in the wrong directory
+        message = f"there is no directory {source} here, and as a language model"
+        raise ValueError(f"{message} it could not be read: {error}") from error
 
-    if not path.is_dir():
-        raise ValueError(f"{source} is neither a run nor a language model")
-    if dtype:
-        raise ValueError("--dtype is of a language model, not of a run")
-    folder = out or path / "figures" / (checkpoint or "")
-    default = "final" if command in OF_THE_FINAL_MODEL else "base"
-    return Run(path, checkpoint or default, device, folder)
+
+def is_language_model(source: str) -> bool:
+    """Return whether this is a language model (True) or a run (False), by its files or its name.
+
+    Raise ValueError for neither. A name on the hub is one whose first part is no local folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if list(path.glob("*.safetensors")) or list(path.glob("*.bin")):
+            return True
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} is neither a run nor a language model: no config.json")
+        return False
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{source} is a file; a run is named by its directory, {path.parent}")
+        return True
+    on_the_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and path.suffix not in (".gguf", ".pt")
+    if not on_the_hub or path.parts[0] == "out" or Path(path.parts[0]).exists():
+        raise ValueError(f"there is no directory {source} here, neither a run nor a language model")
+    return True
 
 
 def main(argv=None) -> int:
-    """Run the command line. Return 0, or 2 after a user error."""
+    """Run the command line. Return 0, 2 after a user error, 130 after Ctrl-C."""
+    toy.open_missing_streams()
     options = parse_arguments(argv)
     command = options.pop("command")
     source = options.pop("source")
     names = ("checkpoint", "dtype", "device", "out")
     where = {name: options.pop(name) for name in names if name in options}
     try:
-        subject = open_subject(command, source, options, **where)
-        COMMANDS[command](subject, **options)
+        try:
+            subject = open_subject(command, source, options, **where)
+            COMMANDS[command](subject, **options)
+        finally:
+            flush_output()
         return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nanalyze.py: stopped", file=sys.stderr)
+        return 130
+
+
+def flush_output():
+    """Flush standard output. If this fails, discard the rest: Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class GPTConfig:
 
 
 class LayerTrace(NamedTuple):
-    """Everything that layer l reads and writes, each (B, T, d); Eq. 1 says how it is related.
+    """Everything that layer l reads and writes, each (B, T, d); Eq. 1 says how they are related.
 
     attn_in and mlp_in are what the modules really read, the *normed* stream. (TransformerLens uses
     these two names for the stream before the norm.)
@@ -192,7 +192,8 @@ class LanguageModel(nn.Module):
         trace(tokens)              yields the LayerTrace of layers 1..L, lazily: a layer that is not
                                    asked for is not computed
         truncated(layer)           the internal policy of a layer as a model of its own
-        _empty_cache(B, T)         room for the keys and values of B rows of T tokens
+        _empty_cache(B, T)         room for the keys and values of B rows of T tokens. It is one
+                                   object; its index_select(2, rows) keeps only these rows
         _next_logits(tokens, cache, start)    logits (B, V) after the last of tokens (B, T), which
                                    stand at positions start..start+T-1
     """
@@ -226,8 +227,9 @@ class LanguageModel(nn.Module):
         """Sample num_samples responses to each prompt, which end in eos_id or at max_new_tokens.
 
         prompt (Q, P) holds token ids, padded on the right if prompt_len (Q,) says that a row is
-        shorter. Temperature 0 is greedy. Raises ValueError for invalid options, and for a sequence
-        that would be longer than the context.
+        shorter. Temperature 0 is greedy. eos_id is one id, or several, any of which ends a
+        response. Raises ValueError for invalid options, and for a sequence that would be longer
+        than the context.
 
         All rows advance together, one position at a time. While a row is still inside its prompt,
         its own prompt tokens are fed. So every row has its true positions, and nothing is masked.
@@ -240,6 +242,7 @@ class LanguageModel(nn.Module):
         prompt_len = prompt_len.repeat_interleave(num_samples)  # (N,)
         end = prompt_len + max_new_tokens  # (N,) until a row meets its EOS
         N = len(prompt_len)
+        eos_ids = torch.tensor([] if eos_id is None else eos_id, device=device)
         tokens = torch.full((N, total), pad_id, dtype=torch.long, device=device)
         tokens[:, : prompt.shape[1]] = prompt.repeat_interleave(num_samples, dim=0)
 
@@ -257,8 +260,8 @@ class LanguageModel(nn.Module):
             responds = (t >= prompt_len[rows]) & (t < end[rows])
             token = torch.where(responds, token, tokens[rows, t])
             tokens[rows, t] = token
-            if eos_id is not None:
-                end[rows] = torch.where(responds & (token == eos_id), t + 1, end[rows])
+            ended = responds & torch.isin(token, eos_ids)
+            end[rows] = torch.where(ended, t + 1, end[rows])
             if t + 1 == total:
                 break
 

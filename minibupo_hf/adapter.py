@@ -9,6 +9,8 @@ whole model by numbers when it is made. So an untried model comes out exact, or 
 """
 
 import copy
+import math
+import textwrap
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -164,9 +166,16 @@ class HFModel(LanguageModel):
 
         self.n_layer = len(self.blocks)
         self.vocab_size = len(self.lm_head.weight)
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
-        self.context_length = limit or 2**31  # some models have no limit
+        self.context_length = context_length(self.decoder.config)
+        # a chat model ends its turn with one token, and a text with another
+        self.eos_ids = as_list(lm.generation_config.eos_token_id)
         self._check_model()
+
+    def generate(self, prompt, max_new_tokens, *, eos_id=None, **options):
+        """LanguageModel's. Unless eos_id is None, eos_ids end a response as well."""
+        if eos_id is not None:
+            eos_id = as_list(eos_id) + self.eos_ids
+        return super().generate(prompt, max_new_tokens, eos_id=eos_id, **options)
 
     def residual(self, tokens, layer: int):
         self._check_tokens(tokens)
@@ -242,6 +251,10 @@ class HFModel(LanguageModel):
             h = self.residual(tokens, l)
             self._require(h, trace.resid_post, f"layer {l} on its own gives another H^{l}")
         self._require(theirs, self(tokens), "H^L gives other logits")
+        changed = tokens.clone()
+        changed[0, -1] = 0
+        before = self(changed)[:, :-1]
+        self._require(theirs[:, :-1], before, "what follows a token changes its logits")
 
         # An unembedding that caps or scales its logits shows when they are large. Any vectors will
         # do, at a size that spreads their logits by 100.
@@ -252,14 +265,35 @@ class HFModel(LanguageModel):
         self._require(self.unembed(probe), theirs, "its logits are scaled or capped")
 
     def _require(self, a, b, what: str):
-        """Raise ValueError unless a and b are equal to half of the digits of their type.
+        require_close(a, b, f"{type(self.lm).__name__} cannot be opened: {what}")
 
-        Half, because rounding adds up over layers. The tolerance is relative to each number and to
-        the median, because a few dimensions of a stream can be 1000 times as large as the others.
-        """
-        close = torch.finfo(a.dtype).eps ** 0.5
-        if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
-            raise ValueError(f"{type(self.lm).__name__} cannot be opened: {what}")
+
+def require_close(a, b, otherwise: str):
+    """Raise ValueError unless a and b are equal to half of the digits of their type.
+
+    Half, because rounding adds up over layers. The tolerance is relative to each number and to the
+    median, because a few dimensions of a stream can be 1000 times as large as the others.
+    """
+    close = torch.finfo(a.dtype).eps ** 0.5
+    if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
+        raise ValueError(otherwise)
+
+
+@torch.no_grad()
+def require_left_padding(lm):
+    """Raise ValueError unless lm gives a prompt the same logits when it is padded on the left.
+
+    TRL pads so, and passes no positions. A model with learned positions, like GPT-2, counts them
+    from the padding, and would be trained on other log-probabilities than it was sampled with.
+    """
+    lm.eval()
+    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
+    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
+    name = type(lm).__name__
+    require_close(alone, padded, f"{name} cannot be trained by TRL: it needs positions if padded")
 
 
 def _shallow_copy(module):
@@ -267,6 +301,24 @@ def _shallow_copy(module):
     copied = copy.copy(module)
     copied._modules = module._modules.copy()  # nn.Module's own dict of children, else shared
     return copied
+
+
+def as_list(ids) -> list[int]:
+    """Token ids as transformers has them, None or one or several, as a list."""
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def context_length(config) -> int:
+    """The longest sequence that a model reads with one set of positions; 2^31 without a limit."""
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # one set, or one for each kind of attention
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            # beyond it all positions are turned otherwise, those before it as well
+            limit = min(limit, parameters["original_max_position_embeddings"])
+    return limit
 
 
 class KVCache(dict):
@@ -284,14 +336,22 @@ class KVCache(dict):
 def load(source, dtype: str = "float32", device="cpu"):
     """(HFModel, tokenizer) from a hub name, a directory, or a .gguf file, read by transformers.
 
-    Raises ImportError without the extra `hf`, and ValueError for what cannot be read.
+    A PEFT adapter is merged into its base model. Raises ImportError without the extra `hf`, and
+    ValueError for what cannot be read.
     """
     lm, tokenizer = load_lm(source, dtype)
+    if hasattr(lm, "merge_and_unload"):
+        lm = lm.merge_and_unload().requires_grad_(True)
     return HFModel(lm.to(device)), tokenizer
 
 
 def load_lm(source, dtype: str = "float32", revision="main", **options):
-    """(transformers' model, tokenizer), not yet checked; `options` are AutoModelForCausalLM's."""
+    """(transformers' model, tokenizer), not yet opened; `options` are AutoModelForCausalLM's.
+
+    If the source is a PEFT adapter, the model is a PeftModel that can be trained. Raises
+    ImportError without the extra `hf`, and ValueError for what cannot be read, or would be read as
+    another model.
+    """
     path = Path(source)
     try:
         import transformers
@@ -300,59 +360,190 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
             import gguf  # noqa: F401 - transformers reads such a file with it
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[hf]"') from None
-    file = {"revision": revision}
     try:
         if path.suffix == ".gguf":
-            _check_gguf(path)
+            file = {"gguf_file": path.name}
             source = str(path.parent)
-            file["gguf_file"] = path.name
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+        elif transformers.utils.find_adapter_config_file(str(source), revision=revision):
+            return _load_adapter(str(source), dtype, revision, **options)
+        else:
+            file = {"revision": revision}
+        tokenizer = _load_tokenizer(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
+        _refuse_keys(report["missing_keys"], report["unexpected_keys"])
+        if path.suffix == ".gguf":
+            _finish_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"transformers cannot read {path}: {reason}") from error
-    if report["missing_keys"]:
-        name = sorted(report["missing_keys"])[0]
-        raise ValueError(f"{path} has no weights for {name}, which would be random")
-    if "gguf_file" in file:
-        # Its weights are already dequantised, but Trainer would still treat them as quantised.
-        lm.is_quantized = False
-        lm.hf_quantizer = None
-        for config in (lm.config, lm.generation_config):
-            vars(config).pop("quantization_config", None)
+        raise ValueError(f"transformers cannot read {path}: {_one_line(error)}") from error
     return lm, tokenizer
 
 
-def _check_gguf(path: Path):
-    """Raise ValueError for a GGUF file that transformers would read as another model."""
+def _load_adapter(source: str, dtype: str, revision: str, **options):
+    """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(source, revision=revision)
+    base = config.base_model_name_or_path
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", **options)
+    given = {"is_trainable": True, "revision": revision}
+    lm = peft.PeftModel.from_pretrained(lm, source, **given)
+    report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
+    _refuse_keys(report.missing_keys, report.unexpected_keys)
+    if Path(source, "tokenizer_config.json").exists():
+        tokenizer = _load_tokenizer(source)
+    return lm, tokenizer
+
+
+def _load_tokenizer(source, **file):
+    """The tokenizer of a model. Raises ValueError if there is none."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+    # without files for it, transformers makes one of special tokens only
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if special.issuperset(tokenizer.get_vocab()):
+        raise ValueError("it has no tokenizer")
+    return tokenizer
+
+
+def _refuse_keys(missing, unexpected):
+    """Raise ValueError for weights that the model lacks, or for which it has no place."""
+    if missing:
+        raise ValueError(f"it has no weights for {sorted(missing)[0]}, which would be random")
+    if unexpected:
+        raise ValueError(
+            f"it has weights {sorted(unexpected)[0]}, for which the model has no place"
+        )
+
+
+# Metadata of a GGUF file that transformers reads for every architecture. If one is wrong, a weight
+# has another shape or is missing.
+GGUF_READ = {"context_length", "block_count", "embedding_length", "feed_forward_length"}
+GGUF_READ |= {"vocab_size", "attention.head_count", "attention.head_count_kv", "expert_count"}
+GGUF_READ |= {"expert_used_count", "expert_feed_forward_length"}
+
+
+def _finish_gguf(path: Path, lm):
+    """Make lm, read from a GGUF file, an ordinary model.
+
+    Raises ValueError if the file says more than transformers has read into lm.
+    """
+    _check_gguf(path, lm)
+    lm.name_or_path = str(path)  # under which an adapter finds its base model
+    # Its weights are already dequantised, but Trainer would still treat them as quantised.
+    lm.is_quantized = False
+    lm.hf_quantizer = None
+    for config in (lm.config, lm.generation_config):
+        vars(config).pop("quantization_config", None)
+
+
+def _check_gguf(path: Path, lm):
+    """Raise ValueError if a GGUF file says more than transformers has read into lm."""
     import gguf
 
-    if any(tensor.name == "rope_freqs.weight" for tensor in gguf.GGUFReader(path).tensors):
-        raise ValueError("it has rope_freqs (Llama 3), which transformers ignores")
+    reader = gguf.GGUFReader(path)
+    prefix = reader.fields["general.architecture"].contents() + "."
+    config = lm.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    eps = next(value for name, value in config.to_dict().items() if "eps" in name)
+    known = {
+        "attention.causal": True,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_epsilon": eps,
+        "attention.layer_norm_rms_epsilon": eps,
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1)),
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.scaling.type": rope.get("rope_type", "default").replace("default", "none"),
+        "use_parallel_residual": getattr(config, "use_parallel_residual", None),
+    }
+    for name, field in reader.fields.items():
+        key = name.removeprefix(prefix)
+        if name.startswith(prefix) and key not in GGUF_READ:
+            value = field.contents()
+            exact = value == known.get(key)
+            close = isinstance(value, float) and math.isclose(
+                value, known.get(key, 0), rel_tol=1e-6
+            )
+            if not exact and not close:
+                raise ValueError(f"it says {name} = {value}, which transformers does not read")
+    given = sum(tensor.n_elements for tensor in reader.tensors)
+    places = sum(p.numel() for p in lm.parameters())
+    if given != places:
+        names = [tensor.name for tensor in reader.tensors if not tensor.name.startswith("blk.")]
+        raise ValueError(
+            f"its tensors have {given} weights, the model has {places}; outside of the blocks are "
+            f"{', '.join(names)}"
+        )
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with the BOS that the tokenizer may put first, without a last EOS."""
-    ids = tokenizer(text).input_ids
-    if ids and ids[-1] == tokenizer.eos_token_id:
+# ---- encoding text -------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer, text: str, special=True) -> list[int]:
+    """Token ids of a text, without a last EOS. With `special` the tokenizer may put a BOS first.
+
+    Raises ValueError if they do not decode to this text.
+    """
+    ids = tokenizer(text, add_special_tokens=special).input_ids
+    if special and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
+    decoded = _text_of(tokenizer, ids)
+    if text not in decoded:
+        raise ValueError(f"the tokenizer reads {text!r} as {decoded!r}")
     return ids
+
+
+def apply_template(tokenizer, messages) -> str:
+    """The text of a chat, up to where the response begins.
+
+    Raises ValueError if its last message is not in it, or if the chat template fails.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {_one_line(error)}") from error
+    if messages[-1]["content"] not in text:
+        raise ValueError(f"the chat template makes {text!r} of {messages[-1]['content']!r}")
+    return text
 
 
 def encode_chat(tokenizer, prompt: str, response: str):
     """(ids, prompt_len): token ids of prompt and response, and how many are the prompt's.
 
     The prompt goes through the chat template if there is one. The response is encoded on its own,
-    so that the border is exact, and gets no EOS.
+    so that the border is exact, and gets no EOS. Raises ValueError if the ids do not decode to
+    prompt and response as they are given.
     """
+    special = not tokenizer.chat_template
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        before = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        before = encode_text(tokenizer, prompt)
-    after = tokenizer(response, add_special_tokens=False).input_ids
-    return before + after, len(before)
+        prompt = apply_template(tokenizer, [{"role": "user", "content": prompt}])
+    before = encode_text(tokenizer, prompt, special)
+    wanted = _text_of(tokenizer, before) + response
+    ids = before + tokenizer(response, add_special_tokens=False).input_ids
+    if _text_of(tokenizer, ids) != wanted:
+        # Some tokenizers put a blank before a text. If they encode both at once, it is not between.
+        ids = encode_text(tokenizer, prompt + response, special)
+    if _text_of(tokenizer, ids) != wanted or ids[: len(before)] != before:
+        raise ValueError(f"the tokenizer reads {wanted!r} as {_text_of(tokenizer, ids)!r}")
+    return ids, len(before)
+
+
+def _text_of(tokenizer, ids) -> str:
+    """The text of token ids, as exactly as the tokenizer tells."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.decoder is None:  # it would join tokens by blanks
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, as one line of at most 300 characters."""
+    said = str(error).strip() or type(error).__name__
+    return textwrap.shorten(said, 300, placeholder=" ...")

@@ -7,14 +7,16 @@ calls it while the model is cut down to its first `bupo_layer` blocks. Sampling,
 advantages, loss, optimizer, sharding and saving stay TRL's.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import trl
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
-from minibupo_hf.adapter import HFModel, find_parts, truncated, watching
+from minibupo_hf.adapter import HFModel, find_parts, require_left_padding, truncated, watching
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
     raise ImportError(
@@ -41,7 +43,7 @@ class BuPOConfig(GRPOConfig):
     bupo_steps: int = field(
         default=0,
         metadata={
-            "help": "s_inter, how many batches of rollouts phase 1 takes, rounded up to whole "
+            "help": "s_inter, how many batches of rollouts phase 1 takes, which must be whole "
             "optimizer steps; 0 is GRPO"
         },
     )
@@ -57,11 +59,23 @@ class BuPOConfig(GRPOConfig):
                 "off_policy_mask_threshold compares with vLLM's pi_theta, which phase 1 does not "
                 "train: leave it out, or set bupo_steps to 0"
             )
+        if self.ignore_data_skip:
+            raise ValueError("bupo_steps cannot be counted after a resume with ignore_data_skip")
         # In phase 1 the blocks above the layer have no gradient that DDP could wait for. DDP cannot
         # look for them if checkpoints are reentrant.
         self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
+
+
+class AtTheStart(TrainerCallback):
+    """Tells a trainer how many optimizer steps were done when its run starts or resumes."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer._begin_run(state.global_step)
 
 
 class BuPOTrainer(GRPOTrainer):
@@ -75,18 +89,61 @@ class BuPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.layer = self.args.bupo_layer
         self.phase = 2
+        self._count_minibatches()
+        lm = self.accelerator.unwrap_model(self.model)
+        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
+        whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled
+        if whole:
+            require_left_padding(lm)
         if self.args.bupo_steps == 0:
             return
-        lm = self.accelerator.unwrap_model(self.model)
+        self.add_callback(AtTheStart(self))
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
         if self.is_deepspeed_enabled and self.args.weight_decay:
             # DeepSpeed gives weights without a gradient one of 0
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
-        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
-        if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
+        if whole:
             HFModel(lm)  # raises what it refuses
+
+    def _count_minibatches(self):
+        """Count the mini-batches of phase 1 and of an epoch. A mini-batch is what TRL calls a step:
+        each optimizer step takes gradient_accumulation_steps of them, or what an epoch has left.
+
+        Raises ValueError for too few prompts, and unless phase 1 ends with an optimizer step.
+        """
+        if not hasattr(self.train_dataset, "__len__"):
+            if self.args.bupo_steps:
+                raise ValueError("bupo_steps needs a training set with a length, not a stream")
+            return
+        prompts = len(self.train_dataset)
+        needed = self.args.generation_batch_size // self.num_generations
+        if prompts < needed:
+            raise ValueError(f"a batch of rollouts needs {needed} prompts, there are {prompts}")
+        uses = self.args.steps_per_generation * self.num_iterations  # of a batch of rollouts
+        self.phase_1 = self.args.bupo_steps * uses
+        self.epoch = prompts // needed * uses
+        steps = self.args.gradient_accumulation_steps
+        if self.phase_1 % self.epoch % steps:
+            raise ValueError(
+                f"bupo_steps = {self.args.bupo_steps} are {self.phase_1} mini-batches "
+                "(x steps_per_generation x num_iterations), which are not whole optimizer steps of "
+                f"gradient_accumulation_steps = {steps}"
+            )
+
+    def _begin_run(self, optimizer_steps: int):
+        """Count on from the optimizer steps that a resumed run has done; 0 for a new run.
+
+        TRL itself counts mini-batches from 0 after a resume. So a run that was stopped inside a
+        batch of rollouts would use the next one too long. Now it samples this batch anew, and uses
+        it for the mini-batches that remain.
+        """
+        steps = self.args.gradient_accumulation_steps
+        epochs, rest = divmod(optimizer_steps, math.ceil(self.epoch / steps))
+        self._step = epochs * self.epoch + rest * steps
+        self._buffered_inputs = None
+        self.layer = self.args.bupo_layer
 
     def _generate_and_score_completions(self, inputs):
         # The phase is fixed when the rollouts are generated, and holds for all steps on them. So
@@ -97,13 +154,9 @@ class BuPOTrainer(GRPOTrainer):
 
     def _begin_batch(self):
         """Set the phase of the batch of rollouts that comes next."""
-        # In mini-batches. After a resume global_step goes on, TRL's own count of steps does not.
-        done = self.state.global_step * self.args.gradient_accumulation_steps
-        phase_1 = self.args.bupo_steps * self.args.steps_per_generation * self.num_iterations
-        first_step_of_phase_2 = phase_1 <= done < phase_1 + self.args.gradient_accumulation_steps
-
-        self.phase = 1 if done < phase_1 else 2
-        if first_step_of_phase_2:
+        done = self._step  # mini-batches, of this run and the runs that it resumes
+        self.phase = 1 if done < self.phase_1 else 2
+        if done == self.phase_1:
             # As in minibupo.phases: moments that remember phase 1's larger gradient make the first
             # steps of phase 2 too small.
             self.optimizer.state.clear()

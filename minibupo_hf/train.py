@@ -157,7 +157,8 @@ def make_trainer(argv):
         reward_funcs=reward,
         train_dataset=train,
         eval_dataset=held_out,
-        peft_config=get_peft_config(model),
+        # an adapter that has been trained before is trained further as it is
+        peft_config=None if hasattr(lm, "merge_and_unload") else get_peft_config(model),
     )
     return trainer, config
 

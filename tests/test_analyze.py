@@ -1,14 +1,21 @@
 """analyze.py: numbers against direct computations in float64, every command on complete, stopped and
 damaged runs, and the web page of the lens in a real browser."""
 
+import errno
 import html
 import json
+import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
+import sys
 from functools import partial
 from itertools import product
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -23,7 +30,7 @@ PROMPT, TEXT = "7+5*3=", "2*3=6<eos>"
 
 
 def run(*argv):
-    return analyze.main([*map(str, argv), "--device", "cpu"])
+    return analyze.main([argv[0], "--device", "cpu", *map(str, argv[1:])])
 
 
 def subject(path, checkpoint="base"):
@@ -44,6 +51,12 @@ def opened(*argv):
     return found["subject"]
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are drawn but not rendered, which takes most of the time. Their files are empty."""
+    monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **options: None)
+
+
 # ---- entropy, writes ----
 
 
@@ -57,7 +70,7 @@ def entropy64(h, E):
     return np.array(values)
 
 
-def test_entropy_json_is_the_direct_computation(finished, tmp_path):
+def test_entropy_json_is_the_direct_computation(finished, tmp_path, unrendered):
     options = ["--prompt", PROMPT, "--text", TEXT, "--out", tmp_path]
     assert run("entropy", finished, *options) == 0
     found = json.loads((tmp_path / "entropy.json").read_text())
@@ -89,9 +102,11 @@ def test_entropy_json_is_the_direct_computation(finished, tmp_path):
     assert found["target_layer"] == (raising[-1] if raising else None)
 
 
-def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_widens(copied, capsys):
+def test_one_position_has_no_standard_error_and_narrowing_ffns_no_target_layer(
+    copied, capsys, unrendered
+):
     model = toy.load_model(copied / "base.pt")
-    for block in model.blocks:  # an FFN that writes one vector with a huge logit is sure
+    for block in model.blocks:  # an FFN that writes one vector with a huge logit is confident
         torch.nn.init.constant_(block.mlp.down.weight, 0.0)
         block.mlp.down.weight.data[0] = 1e3
     toy.save_checkpoint(copied / "base.pt", model)
@@ -101,7 +116,7 @@ def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_wide
     assert (found["positions"], found["layer_sem"], found["target_layer"]) == (1, None, None)
 
 
-def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys):
+def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys, unrendered):
     """The model of a run, saved as a Qwen3 of transformers, gives what the run gives."""
     pytest.importorskip("trl", reason="the extra `hf` is not installed")
     from experiments import trl_peer
@@ -140,16 +155,53 @@ def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys)
     assert run("entropy", finished, "--dtype", "bfloat16") == 2  # a run has its own
 
 
-def test_what_a_language_model_is(finished, tmp_path, monkeypatch, capsys):
-    """A name on the hub, safetensors or a file; but not a run, nor a path that is mistyped."""
-    (tmp_path / "model.safetensors").touch()
+def test_what_a_language_model_is(finished, tmp_path, monkeypatch):
+    """A name on the hub, a directory with weights or a .gguf file; but not a run."""
+    for file in "model.safetensors", "tiny.gguf", "older/pytorch_model.bin":
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
     monkeypatch.setattr(analyze, "PretrainedModel", lambda source, *_: f"read from {source}")
-    for name in "Qwen/Qwen3-0.6B", tmp_path, tmp_path / "model.safetensors":
+    for name in "Qwen/Qwen3-0.6B", tmp_path, tmp_path / "older", tmp_path / "tiny.gguf":
         assert opened("entropy", name, PROMPT) == f"read from {name}"
     assert opened("entropy", finished, PROMPT).folder == finished / "figures"
-    monkeypatch.chdir(tmp_path.parent)
-    assert run("entropy", f"{tmp_path.name}/none", PROMPT) == 2
-    assert "neither a run nor a language model" in capsys.readouterr().err
+
+
+NO_HUB = """entropy out/bupo-seed0 7+5=
+lens out/bupo-seed0/ 7+5=
+all out/bupo-seed0
+step results/bupo-seed0
+entropy ./results/bupo 7+5=
+entropy models/qwen.gguf 7+5=
+lens somewhere/else/bupo 7+5="""
+
+
+@pytest.mark.parametrize("line", NO_HUB.splitlines())
+def test_the_right_command_in_the_wrong_directory(tmp_path, monkeypatch, capsys, line):
+    """It is refused without asking the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(analyze, "PretrainedModel", None)
+    assert run(*line.split()) == 2
+    directory = line.split()[1]
+    assert capsys.readouterr().err.startswith(f"analyze.py: there is no directory {directory} here")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("the extra is missing"), ValueError("no such model"), OSError("no network")],
+)
+def test_a_name_that_the_hub_does_not_have(monkeypatch, capsys, error):
+    def fail(source, *_):
+        raise error
+
+    monkeypatch.setattr(analyze, "PretrainedModel", fail)
+    assert run("lens", "runs/bupo-seed0", PROMPT) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("analyze.py: there is no directory runs/bupo-seed0 here")
+    assert printed.endswith(f"{error}\n") and printed.count("\n") == 1
+    for argv in ["all"], ["step"], ["entropy", "--checkpoint", "base"]:  # these look like a run's
+        assert run(argv[0], "runs/bupo-seed0", *argv[1:]) == 2
+        assert capsys.readouterr().err.startswith("analyze.py: there is no directory")
 
 
 # ---- step ----
@@ -267,19 +319,18 @@ def test_lens_takes_any_token(copied, tmp_path):
     analyze.lens(run_dir, PROMPT)
     page = (tmp_path / "lens.html").read_text()
     assert page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
+    assert '"note":""' in page  # no policy says <pad>
 
 
-def test_lens_explains_a_padding_token(finished, tmp_path, monkeypatch):
-    """Only where a policy says <pad>, in the page and below the picture."""
+def test_lens_explains_a_padding_token(copied, monkeypatch, unrendered):
+    """If a policy says <pad>, the page and the picture explain it."""
     lines = []
     monkeypatch.setattr(analyze.Figure, "supxlabel", lambda _, text, **style: lines.append(text))
-    run_dir = subject(finished)
-    run_dir.folder = tmp_path
-    for pad in "<pad>", "<end>":
-        run_dir.decode = lambda ids, pad=pad: toy.ENCODING.decode(ids).replace("<pad>", pad)
-        analyze.lens(run_dir, PROMPT, TEXT)
-        explained = analyze.PAD_NOTE[5:] in (tmp_path / "lens.html").read_text()
-        assert explained == (pad == "<pad>")
+    run_dir = subject(copied)
+    run_dir.decode = lambda ids: toy.ENCODING.decode(ids).replace("4", "<pad>")
+    analyze.lens(run_dir, PROMPT, TEXT)
+    page = (copied / "figures" / "lens.html").read_text()
+    assert json.dumps(analyze.PAD_NOTE).replace("<", "\\u003c") in page
     assert lines == [analyze.PAD_NOTE]
 
 
@@ -309,7 +360,7 @@ make("pre", JSON.stringify(found), document.body).id = "found";
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_lens_page_in_a_browser(finished, tmp_path):
+def test_lens_page_in_a_browser(finished, tmp_path, unrendered):
     assert run("lens", finished, PROMPT, "--text", TEXT, "--out", tmp_path) == 0
     page = tmp_path / "lens.html"
     page.write_text(page.read_text().replace("</script>\n</body>", READER))
@@ -341,14 +392,33 @@ def test_lens_page_in_a_browser(finished, tmp_path):
 # ---- commands on whole, stopped and damaged runs ----
 
 
-def test_everything_of_a_run(copied):
+@pytest.fixture
+def figure_of_others():
+    """An open figure, on another backend than that of files."""
+    before = plt.get_backend()
+    plt.switch_backend("svg")
+    figure = plt.figure()
+    yield figure
+    plt.close(figure)
+    plt.switch_backend(before)
+
+
+def test_everything_of_a_run(copied, figure_of_others, request):
+    """All files are written. Neither importing analyze.py nor drawing changes the backend, the
+    style or the open figures of a notebook."""
+    style = dict(plt.rcParams)
+    runpy.run_path(analyze.__file__)
     assert run("all", copied) == 0
+    assert plt.get_backend() == "svg" and plt.get_fignums() == [figure_of_others.number]
+    assert dict(plt.rcParams) == style
+
     made = {str(p.relative_to(copied / "figures")) for p in (copied / "figures").rglob("*.*")}
     figures = {"entropy_flow", "entropy_change", "writes"}
     expected = {"lens", "dynamics", "refinement", *figures, *(f"final/{f}" for f in figures)}
     texts = {"entropy.json", "final/entropy.json", "lens.html", "step.txt"}
     assert made == {f"{name}.png" for name in expected} | texts
-    for name, *argv in (  # the lens is of the trained model, the step of the base
+    request.getfixturevalue("unrendered")  # from here on only the texts are looked at
+    for name, *argv in (  # the lens shows the trained model, the step trains the base
         ("final/entropy.json", "entropy", "--checkpoint", "final"),
         ("lens.html", "lens"),
         ("step.txt", "step"),
@@ -382,31 +452,86 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
     assert of_pi_theta.startswith(" pi_theta") and f"'{PROMPT}" not in printed
 
 
-def test_a_run_that_was_stopped_early(copied, capsys):
+def test_a_run_that_was_stopped_early(copied, capsys, unrendered):
     (copied / "ckpt.pt").unlink()
     assert run("all", copied) == 2 and "ckpt.pt" in capsys.readouterr().err
     assert (copied / "figures" / "entropy_flow.png").exists()
 
 
-BAD_INPUT = """all nowhere: neither a run nor
-step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer
+BAD_INPUT = """all nowhere: there is no directory nowhere here
+step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer must be in
+sample RUN 7+5= --layer 4: layer must be in 1..3, not 4
 entropy RUN/..: config.json
-lens RUN 7+5= --text=: no response
+entropy RUN/base.pt: is a file; a run is named by its directory, RUN
+lens RUN/config.json 7+5=: is a file; a run is named by its directory, RUN
+entropy RUN --out RUN/config.json: --out RUN/config.json is not a directory
+entropy RUN --device abacus: device abacus
+writes RUN --checkpoint phase1: RUN/phase1.pt is missing; the checkpoints of this run are: base, final
 entropy RUN 7+x: character 'x'
 writes RUN LONG: context
-sample RUN 7+5= --layer 4: layer must be in 1..3, not 4
-step RUN 7+5=: --responses
-step RUN 7+5= --responses 1 2 --rewards 1: --rewards
+lens RUN EMPTY: the prompt is empty
+entropy RUN --prompt EMPTY --text 2: the prompt is empty
+sample RUN EMPTY: the prompt is empty
+lens RUN 7+5= --text EMPTY: the response is empty
+step RUN EMPTY --responses 1 2 --rewards 1 0: the prompt is empty
+step RUN 7+5= --responses 1 EMPTY --rewards 1 0: the response is empty
+entropy RUN --text 7: there is no response
+step RUN 7+5=: not a prompt, 0 responses and 0 rewards
+step RUN --responses 1 2 --rewards 1 0: not no prompt, 2 responses and 2 rewards
+step RUN 7+5= --responses 1 2 --rewards 1: not a prompt, 2 responses and 1 rewards
+step RUN 7+5= --responses 1 --rewards 1: not a prompt, 1 responses and 1 rewards
 step RUN 7+5= --responses 1 2 --rewards 1 1: all rewards are equal"""
 
 
 @pytest.mark.parametrize("line", BAD_INPUT.splitlines())
 def test_bad_input_is_one_sentence(copied, capsys, line):
-    argv, says = line.replace("LONG", "7+5" * 90).split(": ")
-    assert run(*argv.replace("RUN", str(copied)).split()) == 2
+    (copied / "phase1.pt").unlink()
+    command, says = line.replace("RUN", str(copied)).split(": ", 1)
+    words = {"EMPTY": "", "LONG": "7+5" * 90}
+    assert run(*(words.get(word, word) for word in command.split())) == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("analyze.py: ") and error.count("\n") == 1
     assert not (copied / "figures").exists()
+
+
+BAD_NUMBERS = """sample --layer four: a layer is a whole number from 1 to L, not 'four'
+step --layer 0: a layer is a whole number from 1 to L, not '0'
+sample --layer -1: a layer is a whole number from 1 to L, not '-1'
+step --layer 2.0: a layer is a whole number from 1 to L, not '2.0'
+step 7+5= --responses 1 2 --rewards 1 good: a reward is a finite number, not 'good'
+step 7+5= --responses 1 2 --rewards 1 -inf: a reward is a finite number, not '-inf'
+lens 7+5= --prompt 7+5=: PROMPT is given twice
+lens 7+5= --text --letters: --text="--value"
+step 7+5= --responses 1 --letters: --text="--value\""""
+
+
+@pytest.mark.parametrize("line", BAD_NUMBERS.splitlines())
+def test_values_that_an_option_does_not_take(finished, capsys, line):
+    command, says = line.split(": ", 1)
+    name, *options = command.split()
+    with pytest.raises(SystemExit, match="2"):
+        run(name, finished, *options)
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--rewards", "1", "-1e-3"], {"rewards": [1.0, -1e-3]}),
+        (["--rewards", "-.5", "-2", "+3"], {"rewards": [-0.5, -2.0, 3.0]}),
+        (["--responses", "-7<eos>", "-"], {"responses": ["-7<eos>", "-"]}),
+        (["--responses", "-help is here", "--7"], {"responses": ["-help is here", "--7"]}),
+        (["--responses=-1", "--responses", "-2"], {"responses": ["-1", "-2"]}),
+        (["--responses=--letters", "--responses=b"], {"responses": ["--letters", "b"]}),
+        (["-7+5=", "--layer", "3"], {"prompt": "-7+5=", "layer": 3}),
+        (["--layer", "3", "7+5="], {"prompt": "7+5=", "layer": 3}),
+        (["--prompt", "-7+5="], {"prompt": "-7+5="}),
+    ],
+)
+def test_texts_and_numbers_that_begin_with_a_minus_sign(argv, expected):
+    options = analyze.parse_arguments(["step", "RUN", *argv])
+    assert options["source"] == "RUN"
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("option", ["--checkpoint best", "--layer 2", "--prom 7+5="])
@@ -421,3 +546,54 @@ def test_damaged_metrics_are_one_sentence(copied, capsys, line):
         file.write(line + "\n")
     assert run("dynamics", copied) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (copied / "figures").exists()
+
+
+# ---- surroundings: signals, full disks, closed streams ----
+
+
+def test_ctrl_c_is_one_line(copied, monkeypatch, capsys):
+    """A real SIGINT in the middle of writing the second file."""
+    write_bytes = Path.write_bytes
+
+    def interrupted(path, data):
+        write_bytes(path, data[:10])
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    assert run("entropy", copied) == 130
+    assert capsys.readouterr().err == "\nanalyze.py: stopped\n"
+    assert os.listdir(copied / "figures") == ["entropy.json"]
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "write_text"])  # a figure, a text
+def test_a_full_disk_is_one_sentence(copied, monkeypatch, capsys, method):
+    write = getattr(Path, method)
+
+    def full(path, data, **options):
+        write(path, data[:10], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, method, full)
+    assert run("entropy", copied) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    written = os.listdir(copied / "figures")
+    assert written == (["entropy.json"] if method == "write_bytes" else [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_is_full(copied, monkeypatch, capsys):
+    """The error comes when the buffer is flushed. Closing the stream does not raise it again."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert run("step", copied) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+
+
+def test_without_stdout_and_stderr(copied, monkeypatch):
+    for name in "stdout", "stderr":
+        monkeypatch.setattr(sys, name, None)
+    assert run("step", copied) == 0
+    assert (copied / "figures" / "step.txt").exists()
+    assert run("entropy", copied, "7+x") == 2
