@@ -58,7 +58,7 @@ def test_the_finite_set_stays_the_same():
 @pytest.fixture(scope="module")
 def tiny_base(tmp_path_factory):
     """A base model of four layers with random weights, and the sizes of a short run from it."""
-    sizes = toy.SMOKE | dict(questions=8, steps=6, eval_problems=2, threads=1)
+    sizes = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("study") / "base.pt"
     toy.save_checkpoint(path, GPT(toy.Settings(**sizes).model_config()))
