@@ -199,7 +199,8 @@ def ratio_interval(above, below) -> tuple[float, float]:
     n = len(above)
     if n < 2:
         return -np.inf, np.inf
-    x, y = np.mean(above), np.mean(below)
+    x = np.mean(above)
+    y = np.mean(below)
     (xx, xy), (_, yy) = t.ppf(0.975, n - 1) ** 2 / n * np.cov(above, below)
     # The limits solve (x - r y)^2 = xx - 2 r xy + r^2 yy, which is a r^2 - 2 b r + c = 0.
     a = y**2 - yy

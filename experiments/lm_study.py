@@ -122,7 +122,8 @@ def train(name: str, arm: str, seed: int) -> dict:
 
 def training_options(name: str, seed: int) -> dict:
     """Return the options of minibupo_hf/train.py that all arms share."""
-    task, how = TASKS[name], TRAINING[name]
+    task = TASKS[name]
+    how = TRAINING[name]
     return {
         "model_name_or_path": fetch(name),
         "digits": task["digits"],

@@ -25,7 +25,9 @@ from minibupo import FULL, Policy, group_advantages, phases, update
 
 RESULTS = common.RESULTS / "mechanism.jsonl"
 WORTH_RESULTS = common.RESULTS / "first_order.jsonl"
-SEED, BATCHES, STEPS = 600, 3, (0, 5, 20, 60)
+SEED = 600
+BATCHES = 3
+STEPS = (0, 5, 20, 60)
 WORTH_BATCHES = 6
 STEP_OF = {  # kinds of arms, and the step that predicts them
     study.Arm(s_inter=5): "layer {}",
@@ -219,7 +221,8 @@ def worth_points(lines: list[dict], runs: list[dict]) -> list[tuple]:
     """
     points = {}
     for line in lines:
-        base, W = line["base"], line["W"]
+        base = line["base"]
+        W = line["W"]
         of_base = [run for run in runs if run["base"] == base]
         run_of = {(run["arm"], run["seed"]): run for run in of_base}
         for name, arm in study.ARMS.items():

@@ -197,7 +197,8 @@ ARMS = {
     "96 problems, BuPO": Arm("96 problems, GRPO", 5, questions=finite_set),
 }
 MAIN = ("GRPO", "BuPO, rule", "BuPO, layer 3", "96 problems, GRPO", "96 problems, BuPO")
-BASES, SEEDS = range(70, 78), (500, 501)
+BASES = range(70, 78)
+SEEDS = (500, 501)
 SIZES = dict(questions=32, steps=60, lr=4e-4, threads=1, eval_problems=128)
 QUICK = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
 QUICK_ARMS = (
@@ -272,8 +273,10 @@ def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
     torch.set_num_threads(1)
     started = time.process_time()
     job = training(ARMS[name], seed, base, sizes)
-    s, model = job.s, job.model
-    reward, held = [], []
+    s = job.s
+    model = job.model
+    reward = []
+    held = []
     seconds = 0.0
     since = time.process_time()
     for step, rollouts in ARMS[name].loop(job):
@@ -363,10 +366,14 @@ def main(argv=None):
     parser.add_argument("--report", action="store_true", help="run nothing; only write the report")
     args = parser.parse_args(argv)
     if args.quick:
-        out, results, sizes = args.quick, args.quick / "study.jsonl", QUICK
+        out = args.quick
+        results = out / "study.jsonl"
+        sizes = QUICK
         runs = [(name, 0, 300) for name in QUICK_ARMS]
     else:
-        out, results, sizes = common.ROOT / "out" / "study", RESULTS, SIZES
+        out = common.ROOT / "out" / "study"
+        results = RESULTS
+        sizes = SIZES
         runs = plan()
     if not args.report:
         run_missing(out, results, sizes, runs)
