@@ -279,28 +279,23 @@ def require_close(a, b, otherwise: str):
         raise ValueError(otherwise)
 
 
-@torch.no_grad()
-def require_left_padding(lm):
-    """Raise ValueError unless lm gives a prompt the same logits when it is padded on the left.
-
-    TRL pads so, and passes no positions. A model with learned positions, like GPT-2, counts them
-    from the padding, and would be trained on other log-probabilities than it was sampled with.
-    """
-    lm.eval()
-    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
-    mask = torch.ones_like(tokens)
-    mask[:, :3] = 0
-    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
-    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
-    name = type(lm).__name__
-    require_close(alone, padded, f"{name} cannot be trained by TRL: it needs positions if padded")
-
-
 def _shallow_copy(module):
     """A copy with the same children, of which it can be given others."""
     copied = copy.copy(module)
     copied._modules = module._modules.copy()  # nn.Module's own dict of children, else shared
     return copied
+
+
+@torch.no_grad()
+def norm_scales(model):
+    """The factor (d,) by which the final norm of an HFModel scales each dimension, as measured.
+
+    Its weight would not tell: Gemma scales by 1 + weight, and OLMo's norm has none. The vector has
+    a mean of 0 and a size of 1, so that nothing but the scale changes it; a bias falls out.
+    """
+    h = torch.ones_like(model.lm_head.weight[:1])
+    h[:, 1::2] = -1
+    return ((model.final_norm(h) - model.final_norm(-h)) / (2 * h))[0]
 
 
 def as_list(ids) -> list[int]:
@@ -330,7 +325,56 @@ class KVCache(dict):
         return self
 
 
-# ---- reading a model, and encoding text for it ---------------------------------------------------
+# ---- what TRL does with a model ------------------------------------------------------------------
+
+
+def remove_dropout(lm):
+    """Set all dropout to 0, because TRL scores responses in training mode.
+
+    With dropout, the first ratios of a batch would not be 1.
+    """
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def check_for_trl(lm):
+    """Raise ValueError for a model that TRL would score otherwise than it is.
+
+    TRL pads prompts on the left and passes no positions. So a model with learned positions, like
+    GPT-2, would count them from the padding.
+    """
+    name = f"{type(lm).__name__} cannot be trained by TRL"
+    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
+    in_training = lm.train()(input_ids=tokens, use_cache=False).logits
+    alone = lm.eval()(input_ids=tokens, use_cache=False).logits
+    require_close(alone, in_training, f"{name}: it gives other logits in training mode")
+
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
+    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
+    require_close(alone, padded, f"{name}: it needs positions if its prompts are padded")
+
+
+def prepare_to_save(generation_config):
+    """Make a generation_config one that transformers will save after the last step.
+
+    Llama 2 and Vicuna have a temperature without do_sample, which transformers refuses to save.
+    Raises ValueError if something else is wrong with it.
+    """
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
+        generation_config.validate(strict=True)
+
+
+# ---- reading a model -----------------------------------------------------------------------------
 
 
 def load(source, dtype: str = "float32", device="cpu"):
@@ -345,7 +389,7 @@ def load(source, dtype: str = "float32", device="cpu"):
     return HFModel(lm.to(device)), tokenizer
 
 
-def load_lm(source, dtype: str = "float32", revision="main", **options):
+def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, **options):
     """(transformers' model, tokenizer), not yet opened; `options` are AutoModelForCausalLM's.
 
     If the source is a PEFT adapter, the model is a PeftModel that can be trained. Raises
@@ -367,9 +411,9 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
         elif transformers.utils.find_adapter_config_file(str(source), revision=revision):
-            return _load_adapter(str(source), dtype, revision, **options)
+            return _load_adapter(str(source), dtype, revision, trust_remote_code, **options)
         else:
-            file = {"revision": revision}
+            file = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = _load_tokenizer(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
@@ -377,17 +421,17 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
         if path.suffix == ".gguf":
             _finish_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
-        raise ValueError(f"transformers cannot read {path}: {_one_line(error)}") from error
+        raise ValueError(f"transformers cannot read {path}: {one_line(error)}") from error
     return lm, tokenizer
 
 
-def _load_adapter(source: str, dtype: str, revision: str, **options):
+def _load_adapter(source: str, dtype: str, revision: str, trust_remote_code: bool, **options):
     """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
     import peft
 
     config = peft.PeftConfig.from_pretrained(source, revision=revision)
     base = config.base_model_name_or_path
-    lm, tokenizer = load_lm(base, dtype, config.revision or "main", **options)
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", trust_remote_code, **options)
     given = {"is_trainable": True, "revision": revision}
     lm = peft.PeftModel.from_pretrained(lm, source, **given)
     report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
@@ -508,7 +552,7 @@ def apply_template(tokenizer, messages) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the chat template fails: {_one_line(error)}") from error
+        raise ValueError(f"the chat template fails: {one_line(error)}") from error
     if messages[-1]["content"] not in text:
         raise ValueError(f"the chat template makes {text!r} of {messages[-1]['content']!r}")
     return text
@@ -543,7 +587,7 @@ def _text_of(tokenizer, ids) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def _one_line(error: Exception) -> str:
-    """What an error says, as one line of at most 300 characters."""
+def one_line(error: Exception) -> str:
+    """What an error says, as one line of at most 1000 characters."""
     said = str(error).strip() or type(error).__name__
-    return textwrap.shorten(said, 300, placeholder=" ...")
+    return textwrap.shorten(said, 1000, placeholder=" ...")

@@ -16,12 +16,36 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
-from minibupo_hf.adapter import HFModel, find_parts, require_left_padding, truncated, watching
+from minibupo_hf.adapter import (
+    HFModel,
+    check_for_trl,
+    find_parts,
+    prepare_to_save,
+    remove_dropout,
+    truncated,
+    watching,
+)
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
     raise ImportError(
         f'minibupo_hf needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"'
     )
+
+
+TITLE = (
+    "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies"
+)
+CITATION = f"""@article{{tan2025bupo,
+  title   = {{{TITLE}}},
+  author  = {{Tan, Yuqiao and Wang, Minzheng and He, Shizhu and Liao, Huanxuan and
+             Zhao, Chengfeng and Lu, Qiunan and Liang, Tian and Zhao, Jun and Liu, Kang}},
+  journal = {{arXiv preprint arXiv:2512.19673}},
+  year    = {{2025}},
+}}"""
+
+
+AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"]
+AT_LEAST_1 += ["steps_per_generation", "num_generations", "max_completion_length"]
 
 
 class NoLayerError(ValueError):
@@ -49,6 +73,12 @@ class BuPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        for name in AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
@@ -85,17 +115,26 @@ class BuPOTrainer(GRPOTrainer):
     ValueError for an invalid layer and, except under DeepSpeed, for a model that HFModel refuses.
     """
 
+    # TRL writes these into the card of the model
+    _name = "BuPO"
+    _tag_names = ["trl", "grpo", "bupo"]
+    _paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layer = self.args.bupo_layer
         self.phase = 2
         self._count_minibatches()
         lm = self.accelerator.unwrap_model(self.model)
+        prepare_to_save(lm.generation_config)
+        remove_dropout(lm)
         # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
         whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled
         if whole:
-            require_left_padding(lm)
+            check_for_trl(lm)
         if self.args.bupo_steps == 0:
+            self._name = GRPOTrainer._name  # for the model card
+            self._paper = GRPOTrainer._paper
             return
         self.add_callback(AtTheStart(self))
         L = find_parts(lm)[0].config.num_hidden_layers
@@ -201,7 +240,8 @@ class BuPOTrainer(GRPOTrainer):
         batch = batch_size or len(input_ids)
         # About 64 positions are unembedded at a time. Every rank takes as many pieces, because
         # ZeRO-3 gathers the unembedding for each.
-        pieces = 1 + batch * self.max_completion_length // 64
+        longest = self.accelerator.gather(torch.tensor([keep], device=input_ids.device)).max()
+        pieces = 1 + batch * (self.max_completion_length or int(longest)) // 64
         changes = []  # a sum over positions for each layer of each batch
 
         def add(trace):  # of one layer, for the rows that run, whose response is mask
@@ -220,4 +260,6 @@ class BuPOTrainer(GRPOTrainer):
         changes = torch.stack(changes).view(-1, len(blocks)).sum(0)
         positions = attention_mask[:, -keep:].sum()
         sums = self.accelerator.reduce(torch.cat([changes, positions[None]]))
+        if sums[-1] == 0:  # mask_truncated_completions leaves out what has not finished
+            raise NoLayerError("no response has finished: set bupo_layer, or let them be longer")
         return sums[:-1] / sums[-1]

@@ -6,7 +6,9 @@ Models, data and trainers are those of test_hf.py.
 # ruff: noqa: E402 - imports come after the check that the extra is there
 
 import gc
+import inspect
 import itertools
+import json
 import shutil
 
 import pytest
@@ -16,14 +18,15 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 
 import peft
 import transformers
+import trl
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 
 import minibupo_hf.train
-from minibupo_hf.adapter import HFModel, encode_chat, encode_text, load
-from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
+from minibupo_hf.adapter import HFModel, encode_chat, encode_text, load, norm_scales
+from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
 from tests.test_hf import (
     OPEN,
     OPTIONS,
@@ -33,6 +36,7 @@ from tests.test_hf import (
     build,
     differ,
     even,
+    logged,
     prompts,
     save,
     trained,
@@ -307,3 +311,270 @@ def test_longrope_is_used_up_to_where_it_changes():
         model(tokens[:, :17])
     with pytest.raises(ValueError, match="a prompt of 10 and 7 new tokens outgrow"):
         model.generate(tokens[:, :10], 7)
+
+
+DROPS = {
+    "Qwen2": dict(attention_dropout=0.5),  # a number, used in training mode
+    "GPTNeoX": dict(attention_dropout=0.5, hidden_dropout=0.5),  # and modules
+}
+
+
+@pytest.mark.parametrize("family", DROPS)
+def test_no_dropout_in_the_ratio(tmp_path, family):
+    """With a learning rate of 0 all ratios are 1."""
+    lm = build(family, **DROPS[family])
+    with torch.no_grad():
+        one, other = (lm.train()(TOKENS).logits for _ in range(2))
+    assert not torch.allclose(one, other, atol=0.1)
+    bupo_steps = 1 if family == "Qwen2" else 0  # phase 1 refuses the other's parallel blocks
+    options = dict(bupo_steps=bupo_steps, bupo_layer=2, max_steps=4, learning_rate=0.0)
+    trainer = trained(tmp_path, lm=lm, **options)
+    assert logged(trainer, "clip_ratio/region_mean") == [0] * 4
+
+
+class Jitter(torch.nn.Module):
+    """Noise in training mode that no option removes."""
+
+    def forward(self, h):
+        return h + self.training
+
+
+def test_a_model_that_differs_in_training_mode_is_refused(tmp_path):
+    lm = build(**TIED)
+    lm.model.norm = torch.nn.Sequential(lm.model.norm, Jitter())
+    with pytest.raises(ValueError, match="it gives other logits in training mode"):
+        trained(tmp_path, lm=lm, max_steps=1)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def test_the_card_of_a_model_names_bupo(tmp_path):
+    once = dict(bupo_layer=2, max_steps=1, save_strategy="steps", save_steps=1)
+    trained(tmp_path / "bupo", bupo_steps=1, **once)
+    card = (tmp_path / "bupo" / "README.md").read_text()
+    assert "trained with BuPO, a method introduced in [Bottom-up Policy Optimization" in card
+    assert "- bupo" in card and "2512.19673" in card and "@article{tan2025bupo," in card
+    trained(tmp_path / "grpo", bupo_steps=0, **once)
+    card = (tmp_path / "grpo" / "README.md").read_text()
+    assert "trained with GRPO" in card and "DeepSeekMath" in card and "tan2025" not in card
+
+
+@pytest.mark.parametrize("sampling", [dict(temperature=0.9, top_p=0.6), dict(top_k=3)])
+def test_weights_are_saved_with_any_sampling_in_generation_config(base, tmp_path, sampling):
+    """Llama 2's says how to sample, but not that one should: transformers refuses to save that."""
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | sampling))
+    out = tmp_path / "out"
+    assert minibupo_hf.train.main(arguments(model, out, max_steps=1)) == 0
+    assert load(out)[0].n_layer == 3
+    saved = json.loads((out / "generation_config.json").read_text())
+    assert saved | sampling == saved and saved["do_sample"] is True
+
+
+def test_the_rule_where_it_has_little_to_go_by(tmp_path):
+    """Responses without a limit; a second run of the same trainer; no finished response."""
+    rule = dict(bupo_steps=1, max_steps=2)
+    trainer = trained(tmp_path, max_completion_length=None, **rule)
+    assert logged(trainer, "bupo/layer") == [trainer.layer]
+    trainer.train()
+    assert logged(trainer, "bupo/layer") == [trainer.layer]
+    assert logged(trainer, "bupo/phase") == [1] and trainer.phase == 1
+    with pytest.raises(NoLayerError, match="no response has finished: set bupo_layer"):
+        trained(tmp_path, mask_truncated_completions=True, max_completion_length=1, **rule)
+
+
+CODE = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+class MyConfig(Qwen3Config):
+    model_type = "my"
+class MyModel(Qwen3ForCausalLM):
+    config_class = MyConfig
+"""
+
+
+def test_remote_code_is_run_only_if_it_is_trusted(base, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    (model / "my.py").write_text(CODE)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "my"}
+    config["auto_map"] = {"AutoConfig": "my.MyConfig", "AutoModelForCausalLM": "my.MyModel"}
+    (model / "config.json").write_text(json.dumps(config))
+    words = arguments(model, tmp_path, trust_remote_code=True)
+    trainer, _ = minibupo_hf.train.make_trainer(words)
+    assert type(trainer.model).__name__ == "MyModel"
+    assert minibupo_hf.train.main(arguments(model, tmp_path)) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+
+
+# ---- what the command line says ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wrong(base, tmp_path_factory):
+    """A directory of data sets and models, each with something wrong."""
+    root = tmp_path_factory.mktemp("wrong")
+    chat = [{"role": "user", "content": "1+1="}]
+    rows = dict(
+        chat=chat,
+        null=None,
+        empty="",
+        other="héllo",
+        many=["1+1="],
+        nobody=[chat[0] | {"content": None}],
+    )
+    rows = {name: {"prompt": prompt, "solution": "$2$"} for name, prompt in rows.items()}
+    rows |= {
+        "number": {"prompt": "1+1=", "solution": 2},
+        "words": {"prompt": "1", "solution": "two"},
+    }
+    for name, row in rows.items():
+        (root / name).mkdir()
+        lines = [
+            {"prompt": "1+1=" if name == "null" else row["prompt"], "solution": row["solution"]},
+            row,
+        ]
+        (root / name / "train.json").write_text("\n".join(map(json.dumps, lines * 8)))
+    (root / "nothing").mkdir()
+    (root / "nothing" / "train.json").write_text("")
+    shutil.copytree(root / "words", root / "one")
+    (root / "one" / "train.json").write_text('{"prompt": "1+1=", "solution": "$2$"}')
+    changes = {
+        "no ends": lambda t: setattr(t, "eos_token", None),
+        "many tokens": lambda t: t.add_tokens([f"<{i}>" for i in range(40)]),
+        "no chat": lambda t: setattr(t, "chat_template", "{{ raise_exception('not this') }}"),
+    }
+    for name, change in changes.items():
+        shutil.copytree(base, root / name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        change(tokenizer)
+        tokenizer.save_pretrained(root / name)
+    (root / "bad.yaml").write_text("a: [")
+    return root
+
+
+ERRORS = [
+    (dict(dataset_name="chat"), "prompt 0 of the data set: a chat needs a tokenizer with a chat"),
+    (dict(dataset_name="chat", model_name_or_path="no chat"), "chat template fails: not this"),
+    (dict(dataset_name="nobody", model_name_or_path="no chat"), "the chat template"),
+    (dict(dataset_name="null"), "prompt 1 of the data set: it must be a text or a chat, not None"),
+    (dict(dataset_name="empty"), "it must be a text or a chat, not ''"),
+    (dict(dataset_name="many"), "it must be a text or a chat, not ['1+1=']"),
+    (dict(dataset_name="other"), "the tokenizer reads 'héllo' as "),
+    (dict(dataset_name="number"), "a solution must be text like '$72$', not 2"),
+    (dict(dataset_name="words"), "math-verify reads none of the first solutions, like ['two']"),
+    (dict(dataset_name="nothing"), "cannot read data set"),
+    (dict(dataset_name="one"), "a batch of rollouts needs 2 prompts, there are 1"),
+    (dict(model_name_or_path="no ends"), "the tokenizer has no EOS token"),
+    (dict(model_name_or_path="many tokens"), "the tokenizer has 56 tokens, the model only 37"),
+    (dict(max_completion_length=61), "has 4 tokens: with max_completion_length = 61 they outgrow"),
+    (dict(max_completion_length=0), "max_completion_length must be at least 1, not 0"),
+    (dict(temperature=0), "temperature must be above 0, not 0.0"),
+    (dict(temperature="nan"), "temperature must be above 0, not nan"),
+    (dict(num_generations=0), "num_generations must be at least 1, not 0"),
+    (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1, not 0"),
+    (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1, not 0"),
+    (dict(max_steps=0), "leave no step to train"),
+    (dict(eval_problems=0), "eval_problems must be at least 1, not 0"),
+    (dict(steps_per_generation=3, gradient_accumulation_steps=2), "are not whole optimizer steps"),
+    (dict(ignore_data_skip=True), "with ignore_data_skip"),
+    (dict(report_to="wandb"), "report_to wandb: it is not installed"),
+    (dict(optim="adamw_bnb_8bit"), "bitsandbytes"),
+    (dict(use_liger_kernel=True), "liger"),
+    (dict(learning_rate=-1.0), "Invalid learning rate: -1.0"),
+    (dict(top_k=-5), "top_k"),
+    (dict(loss_type="foo"), "Unknown loss type: foo"),
+    (dict(lora_dropout=0.1), "lora_dropout is not for minibupo_hf.train"),
+    (dict(resume_from_checkpoint="nowhere"), "Can't find a valid checkpoint at nowhere"),
+    (dict(config="bad.yaml"), "the file of --config is not YAML"),
+    (dict(config="no.yaml"), "No such file or directory"),
+    (dict(output_dir="bad.yaml"), "File exists"),
+    (dict(dataset_streaming=True), "not used"),
+]
+
+
+@pytest.mark.parametrize("options,says", ERRORS)
+def test_a_user_error_is_one_sentence(base, wrong, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.chdir(wrong)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    assert minibupo_hf.train.main(arguments(base, tmp_path, **options)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("minibupo_hf.train: ") and says in last
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug")])
+def test_a_bug_keeps_its_traceback(base, tmp_path, monkeypatch, error):
+    def buggy(self):
+        raise error
+
+    monkeypatch.setattr(BuPOTrainer, "_begin_batch", buggy)
+    with pytest.raises(type(error), match="a bug"):
+        minibupo_hf.train.main(arguments(base, tmp_path, max_steps=1))
+
+
+def test_what_math_verify_accepts():
+    """As README says: an answer in a box; the solution may be bare."""
+    reward = minibupo_hf.train.right_mathematics
+    answers = [
+        r"\boxed{72}",
+        r"It is \boxed{72.0}.",
+        "72",
+        "$72$",
+        "The answer is 72.",
+        r"\boxed{7}",
+    ]
+    for solution in "72", "$72$", r"\boxed{72}", "#### 72":
+        assert reward(answers, solution=[solution] * 6) == [1, 1, 0, 0, 0, 0]
+    assert reward(answers[:2], solution=["seventy-two", 72]) == [None, None]
+
+
+# ---- the final norm ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family,wanted",
+    [
+        ("Llama", lambda norm: norm.weight),
+        ("Gemma", lambda norm: 1 + norm.weight),
+        ("Gemma3Text", lambda norm: 1 + norm.weight),
+        ("Olmo", lambda norm: torch.ones(32)),  # has no weight
+        ("GPT2", lambda norm: norm.weight),  # takes the mean away, and has a bias
+    ],
+)
+def test_what_the_final_norm_does_is_measured(family, wanted):
+    model = HFModel(build(family, **OPEN.get(family, dict(head_dim=8))))
+    scales = wanted(model.final_norm)
+    torch.testing.assert_close(norm_scales(model), scales, rtol=1e-3, atol=1e-3)
+
+
+# ---- what bupo_trainer.py needs of TRL -----------------------------------------------------------
+
+PRIVATE = {  # methods of GRPOTrainer that TRL may change without notice, and their first parameters
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_per_token_logps_and_entropies": [
+        *["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    ],
+}
+ATTRIBUTES = ["_step", "_buffered_inputs", "_metrics", "num_iterations", "num_generations"]
+ATTRIBUTES += ["vllm_importance_sampling_correction", "max_completion_length"]
+ATTRIBUTES += ["_name", "_paper", "_tag_names"]
+RELIED_ON = "self._step % generate_every == 0 or self._buffered_inputs is None"
+
+
+def test_trl_still_has_what_the_trainer_stands_on(tmp_path):
+    at = f"TRL {trl.__version__}: bupo_trainer.py stands on GRPOTrainer"
+    for name, wanted in PRIVATE.items():
+        method = getattr(GRPOTrainer, name, None)
+        assert method, f"{at}.{name}, which is gone"
+        found = list(inspect.signature(method).parameters)
+        assert found[: len(wanted)] == wanted, f"{at}.{name}{tuple(wanted)}, not {tuple(found)}"
+    options = OPTIONS | dict(max_steps=1)
+    args = trl.GRPOConfig(output_dir=str(tmp_path), **options)
+    trainer = GRPOTrainer(build(**TIED), even, args, prompts(8), processing_class=TOKENIZER)
+    for name in ATTRIBUTES:
+        assert hasattr(trainer, name), f"{at}.{name}, which is gone"
+    assert trainer._step == 0 and trainer._buffered_inputs is None, f"{at} that counts from 0"
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert RELIED_ON in source, f"{at}._prepare_inputs, which no longer samples where `{RELIED_ON}`"
