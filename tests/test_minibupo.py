@@ -4,6 +4,7 @@ loss, and log-probabilities outside the mask, are in test_golden.py.
 Where something is said to stay as it is, or not to be there at all, it is so bit for bit.
 """
 
+import copy
 import itertools
 import math
 import statistics
@@ -15,7 +16,7 @@ from conftest import tiny
 
 import minibupo
 from minibupo import FULL, Policy, Rollouts
-from model import LayerTrace
+from model import GPT, GPTConfig, LayerTrace
 
 POLICIES = [FULL, Policy(1), Policy(2), Policy(3), Policy(2, "attn_out"), Policy(2, "mlp_out")]
 
@@ -83,7 +84,7 @@ def test_internal_policies_are_raw_unembeddings_and_all_differ():
 
 
 CONTRACT = ["residual", "trace", "unembed", "final_norm", "n_layer", "vocab_size", "device"]
-CONTRACT += ["parameters", "generate", "truncated"]
+CONTRACT += ["parameters", "eval", "generate", "truncated"]
 
 
 def test_any_model_that_keeps_the_contract():
@@ -194,22 +195,22 @@ HUGE = math.exp(20)
     ],
 )
 def test_surrogate_of_one_token(advantage, log_ratio, objective, slope, cut):
-    """Value, d objective / d logp, and whether it counts as cut off."""
+    """Value, d objective / d logp, and whether it counts as clipped."""
     logp = torch.tensor([[-1.0 + log_ratio]], dtype=torch.float64, requires_grad=True)
     old, A = torch.tensor([[-1.0]]).double(), torch.tensor([advantage]).double()
-    loss, cut_off = minibupo.surrogate(logp, old, A, torch.tensor([[True]]))
+    loss, clipped = minibupo.surrogate(logp, old, A, torch.tensor([[True]]))
     loss.backward()
     assert loss.item() == pytest.approx(-objective, rel=1e-9)
     assert logp.grad.item() == pytest.approx(-slope, rel=1e-9)
-    assert cut_off.item() == cut
+    assert clipped.item() == cut
 
 
 def test_nothing_outside_the_mask_matters():
     logp = torch.tensor([[0.1, math.nan, math.inf, 0.5]], requires_grad=True)
     old, mask = torch.tensor([[0, 0, -math.inf, 0]]), torch.tensor([[True, False, False, False]])
-    loss, cut_off = minibupo.surrogate(logp, old, torch.tensor([1.0]), mask)
+    loss, clipped = minibupo.surrogate(logp, old, torch.tensor([1.0]), mask)
     loss.backward()
-    assert loss.item() == pytest.approx(-math.exp(0.1)) and cut_off.item() == 0
+    assert loss.item() == pytest.approx(-math.exp(0.1)) and clipped.item() == 0
     assert logp.grad[0, 1:].eq(0).all()
 
 
@@ -331,29 +332,119 @@ def test_no_step_without_advantages_and_none_that_is_not_finite():
     assert same_bits(before, weights(model))
 
 
+def test_only_what_the_optimizer_holds_is_trained():
+    """An optimizer of layer 1: its gradient, and the norm of it, are those of a plain gradient;
+    other parameters keep weight and .grad; the same batch at unmoved weights has the same norm."""
+    model, batch = tiny(tied=False), rollouts(tiny(tied=False))
+    part = list(model.blocks[0].parameters())
+    ids = {id(p) for p in part}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    for p in rest:
+        p.grad = torch.full_like(p, 7.0)
+    rest[0].requires_grad_(False)
+
+    whole = tiny(tied=False)
+    minibupo.update(whole, sgd(whole), batch, minibatches=1, max_grad_norm=1e-3)
+    minibupo.update(whole, sgd(whole), batch, minibatches=1, max_grad_norm=math.inf)
+    expected = [p.grad for p in whole.blocks[0].parameters()]
+    norm = math.sqrt(sum(g.square().sum().item() for g in expected))
+
+    before = weights(model)
+    optimizer = torch.optim.SGD(part, lr=0.0)
+    for _ in range(3):
+        log = minibupo.update(model, optimizer, batch, minibatches=1, max_grad_norm=math.inf)
+        assert log["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for p, g in zip(part, expected):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-7)
+    assert all(p.grad.eq(7).all() for p in rest)
+    minibupo.update(model, torch.optim.SGD(part, lr=1.0), batch, minibatches=1)
+    moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
+    assert moved == {name for name in before if name.startswith("blocks.0.")}
+
+
+def test_an_update_under_autocast_reaches_every_weight():
+    """The pass without gradient must not leave weights in autocast's cache that have none."""
+    model = tiny(tied=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        minibupo.update(model, sgd(model), rollouts(model), minibatches=1)
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_an_update_has_no_dropout():
+    """In the first mini-batch every ratio is 1, whatever mode the model was left in."""
+    model = tiny()
+    model.blocks[0].mlp.down = torch.nn.Sequential(model.blocks[0].mlp.down, torch.nn.Dropout(0.5))
+    model.train()
+    log = minibupo.update(model, sgd(model), rollouts(model), minibatches=1)
+    assert log["clip_fraction"] == 0 and not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_default_types(dtype):
+    """A model made and updated under another default type has that type, and learns."""
+    torch.set_default_dtype(dtype)
+    try:
+        model = tiny(dtype=dtype)
+        assert {x.dtype for x in model.state_dict().values()} == {dtype}
+        assert {model.cos.dtype, model.sin.dtype} == {dtype}
+        assert minibupo.update(model, sgd(model), rollouts(model))["grad_norm"] > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_another_default_device():
+    """Every tensor is made where the model or the batch is, not on the default device."""
+    with torch.device("meta"):
+        assert GPT(GPTConfig(11, 24)).cos.is_meta
+    model = tiny()
+    batch = rollouts(model)
+    with torch.device("meta"):
+        minibupo.update(model, sgd(model), batch, Policy(2))
+        minibupo.look_inside(model, batch.tokens, mask_of(batch))
+        generator = torch.Generator("cpu").manual_seed(0)
+        assert (
+            model.generate(batch.tokens[:, :2], 3, generator=generator).tokens.device.type == "cpu"
+        )
+
+
 # ---- Algorithm 1 ----
 
 
 @pytest.mark.parametrize("s_inter,stop", [(0, 5), (2, 5), (5, 5), (2, 1), (2, 2), (2, 3)])
-def test_bupo_is_a_loop_over_updates_bit_for_bit(s_inter, stop):
-    """AdamW starts afresh at the switch alone. Stopped after a step, bupo goes on from the next."""
+def test_algorithm_1_bit_for_bit(s_inter, stop):
+    """AdamW starts afresh at the switch only. A run stopped after a step resumes with the next."""
     plain, model = tiny(), tiny()
     optimizer, expected = adamw(plain), []
     for step in range(1, 6):
         policy = Policy(2) if step <= s_inter else FULL
         if 0 < s_inter == step - 1:
             optimizer = adamw(plain, warm=False)
-        batch = rollouts(plain, seed=step)
-        log = minibupo.update(plain, optimizer, batch, policy, minibatches=2)
+        log = minibupo.update(plain, optimizer, rollouts(plain, seed=step), policy, minibatches=2)
         expected.append((step, policy, log))
 
-    sample = lambda step: rollouts(model, seed=step)  # noqa: E731
-    args = (model, adamw(model), sample, Policy(2), s_inter, 5)
-    first = minibupo.bupo(*args, minibatches=2)
-    found = [*itertools.islice(first, stop), *minibupo.bupo(*args, start=stop + 1, minibatches=2)]
-    assert [(step, policy, log) for step, policy, _, log in found] == expected
-    assert torch.equal(found[-1][2].tokens, batch.tokens)
+    optimizer, found = adamw(model), []
+    first = itertools.islice(minibupo.phases(optimizer, Policy(2), s_inter, 5), stop)
+    rest = minibupo.phases(optimizer, Policy(2), s_inter, 5, start=stop + 1)
+    for step, policy in itertools.chain(first, rest):
+        log = minibupo.update(model, optimizer, rollouts(model, seed=step), policy, minibatches=2)
+        found.append((step, policy, log))
+    assert found == expected
     assert same_bits(weights(plain), weights(model))
+
+
+@pytest.mark.parametrize("start,reset", [(1, [3]), (3, [3]), (4, [])])
+def test_moments_are_reset_immediately_before_phase_2(start, reset):
+    """Not before, and never later: a run that resumes in phase 2 keeps the moments it has."""
+    optimizer, found = adamw(tiny()), []
+    for step, policy in minibupo.phases(optimizer, Policy(2), 2, 6, start=start):
+        if not optimizer.state:
+            found.append(step)
+            optimizer.state["moments"] = "of this step"
+        assert policy == (Policy(2) if step <= 2 else FULL)
+    assert found == reset
+    kept = adamw(tiny())
+    assert [*minibupo.phases(kept, Policy(2), 2, 4, reset_moments=False)][-1] == (4, FULL)
+    assert kept.state
 
 
 # ---- measures ----
@@ -384,9 +475,9 @@ def inside_by_hand(model, traces, i, t):
         "mlp_in": [H(x.mlp_in) for x in layers],
         "attn": [H(x.attn_out) for x in layers],
         "mlp": [H(x.mlp_out) for x in layers],
-        "d_attn": [H(x.attn_out) - H(x.attn_in) for x in layers],
-        "d_mlp": [H(x.mlp_out) - H(x.mlp_in) for x in layers],
-        "d_layer": [H(x.resid_post) - H(x.resid_pre) for x in layers],
+        "dH_attn": [H(x.attn_out) - H(x.attn_in) for x in layers],
+        "dH_mlp": [H(x.mlp_out) - H(x.mlp_in) for x in layers],
+        "dH_layer": [H(x.resid_post) - H(x.resid_pre) for x in layers],
         "cos_attn": [cos(x.attn_out, x.resid_pre) for x in layers],
         "cos_mlp": [cos(x.mlp_out, x.resid_mid) for x in layers],
         "rms_attn": [rms(x.attn_out) for x in layers],
@@ -438,19 +529,105 @@ def test_pass_at_k_against_enumeration():
     assert minibupo.pass_at_k(4, np.array([1.0, 4.0]), 2).tolist() == [0.5, 1.0]
 
 
+def test_pass_at_k_counts_are_integers():
+    for c in (0.53, [1, 2.5], math.nan):
+        with pytest.raises(ValueError, match="c in 0..n"):
+            minibupo.pass_at_k(8, c, 1)
+
+
 # ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "name,change",
+    [
+        ("advantages", lambda x: x[:, None]),
+        ("advantages", lambda x: x[:1]),
+        ("old_logp", lambda x: x[:, :1]),
+        ("old_logp", lambda x: x[None]),
+        ("mask", lambda x: x[:1]),
+        ("mask", lambda x: x[:, :-1]),
+        ("mask", lambda x: x.long()),
+    ],
+)
+def test_shapes_that_would_broadcast(name, change):
+    """surrogate names both shapes."""
+    mask = torch.ones(4, 5).bool()
+    arrays = dict(logp=torch.zeros(4, 5), old_logp=torch.zeros(4, 5), advantages=torch.ones(4))
+    arrays["mask"] = mask
+    minibupo.surrogate(**arrays)
+    arrays[name] = change(arrays[name])
+    with pytest.raises(ValueError, match=f"{name} must .*, not "):
+        minibupo.surrogate(**arrays)
+
+
+@pytest.mark.parametrize("wrong", [lambda m: m[:, :-1], lambda m: m.int(), lambda m: m[:1]])
+def test_masks_of_another_shape_are_refused_where_they_come_in(wrong):
+    """A mask (N, T) as for Hugging Face's labels, too."""
+    model = tiny()
+    batch = rollouts(model)
+    tokens, mask = batch.tokens, mask_of(batch)
+    wide = torch.cat((mask, mask[:, :1]), dim=1)
+    for invalid in (wrong(mask), wide):
+        for call in (minibupo.token_logprobs, minibupo.look_inside):
+            with pytest.raises(ValueError, match="mask must"):
+                call(model, tokens, invalid)
+    with pytest.raises(ValueError, match="mask must"):
+        minibupo.policy_logits(model, tokens, FULL, mask)
+
+
+BAD_ROLLOUTS = [
+    dict(rewards=torch.ones(4, 2)),
+    dict(rewards=torch.ones(24)),
+    dict(rewards=torch.ones(24, 1)),
+    dict(rewards=torch.tensor([[1.0, 0, math.nan, 0]] * 6)),
+    dict(rewards=torch.tensor([[1.0, 0, math.inf, 0]] * 6)),
+    dict(prompt_len=torch.zeros(24).long()),
+    dict(prompt_len=torch.ones(24, 1).long()),
+    dict(end=torch.ones(23).long()),
+    dict(end=torch.full((24,), 99)),
+    dict(tokens=torch.ones(24).long()),
+]
+BAD_OPTIONS = [dict(temperature=t) for t in (0, -1, math.nan)] + [dict(average="mean")]
+BAD_OPTIONS += [dict(clip=-0.5), dict(clip=math.nan), dict(max_grad_norm=-1), dict(chunk=0)]
+BAD_OPTIONS += [dict(advantage="ppo"), dict(minibatches=0), dict(minibatches=7)]
+
+
+@pytest.mark.parametrize("change", BAD_ROLLOUTS + BAD_OPTIONS, ids=str)
+def test_what_update_refuses_changes_nothing(change):
+    """Neither weights nor .grad nor moments, though there is a gradient to lose."""
+    model = tiny()
+    optimizer, batch = adamw(model), rollouts(model)
+    before, moments = weights(model), copy.deepcopy(optimizer.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    options = {k: v for k, v in change.items() if k not in Rollouts._fields}
+    fields = {k: v for k, v in change.items() if k in Rollouts._fields}
+    with pytest.raises(ValueError, match="must"):
+        minibupo.update(model, optimizer, batch._replace(**fields), **options)
+    assert same_bits(before, weights(model))
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+    for i, state in moments["state"].items():
+        assert same_bits(state, optimizer.state_dict()["state"][i])
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = tiny(), tiny()
+    with pytest.raises(ValueError, match="no parameter of this model"):
+        minibupo.update(model, adamw(other, warm=False), rollouts(model))
+
 
 BAD_POLICIES = [Policy(4), Policy(-1), Policy(1, "resid_pre"), Policy(None, "attn_out")]
 BAD_POLICIES += [Policy(0, "attn_out"), Policy(4, "mlp_out")]
 CANNOT_BE = [
     *[lambda m, p=p: minibupo.policy_logits(m, torch.ones(1, 3).long(), p) for p in BAD_POLICIES],
     *[lambda _, d=d: minibupo.target_layer(d) for d in ([-0.1, -0.2, 0.3], [0.0, 0.0], [0.1])],
+    *[lambda _, d=d: minibupo.target_layer(d) for d in ([0.1, math.nan, 0.3], [0.1, 0, math.nan])],
     *[lambda _, s=s: minibupo.group_advantages(torch.ones(s)) for s in ((4, 1), (4,), (2, 2, 2))],
     lambda _: minibupo.group_advantages(torch.ones(4, 2), "ppo"),
     lambda _: minibupo.surrogate(A := torch.ones(1, 1), A, A[0], A.bool(), average="mean"),
     *[lambda m, n=n: minibupo.update(m, sgd(m), rollouts(m), minibatches=n) for n in (0, 7)],
-    lambda m: next(minibupo.bupo(m, sgd(m), None, Policy(1), -1, 3)),
-    lambda m: next(minibupo.bupo(m, sgd(m), None, Policy(1), 1, 3, start=0)),
+    lambda m: next(minibupo.phases(sgd(m), Policy(1), -1, 3)),
+    lambda m: next(minibupo.phases(sgd(m), Policy(1), 1, 3, start=0)),
     lambda m: minibupo.look_inside(m, torch.ones(1, 3).long(), torch.zeros(1, 2).bool()),
     *[lambda _, k=k: minibupo.pass_at_k(4, 2, k) for k in (0, 5)],
     *[lambda _, c=c: minibupo.pass_at_k(4, c, 2) for c in (5, [1, -1])],
@@ -459,6 +636,6 @@ CANNOT_BE = [
 
 @pytest.mark.parametrize("call", CANNOT_BE)
 def test_what_cannot_be_is_refused_in_a_sentence(call):
-    named = "layer|site|advantage|rewards|average|minibatches|s_inter|positions|k <= n"
+    named = "layer|dH|site|advantage|rewards|average|minibatches|s_inter|positions|k <= n"
     with pytest.raises(ValueError, match=named):
         call(tiny())
