@@ -86,11 +86,11 @@ def test_a_kept_decoder_answers_as_generate_does():
     with torch.no_grad():
         model.final_norm.weight *= 1e5
     for step in (1, 2):
-        problems = toy.draw_questions(toy.stream(0, "questions", step), 12, s.n)
-        generators = (toy.torch_stream("cpu", 0, "responses", step) for _ in range(2))
+        problems = toy.draw_questions(toy.rng_for(0, "questions", step), 12, s.n)
+        generators = (toy.torch_rng_for("cpu", 0, "responses", step) for _ in range(2))
         theirs, ours = (
             respond(model, s, problems, 2, next(generators))
-            for respond in (toy.respond, cuda_graph.respond)
+            for respond in (toy.sample_responses, cuda_graph.respond)
         )
         assert all(map(torch.equal, theirs, ours))
     assert len(cuda_graph.KEPT) == 1

@@ -23,7 +23,7 @@ def test_what_is_sampled_is_what_is_scored(model):
     """First tokens of 8,000 responses follow the policy at the temperature that update scores at:
     each frequency within 5 standard errors (it fails by chance for less than 1 of 10,000 seeds)."""
     temperature = inspect.signature(minibupo.update).parameters["temperature"].default
-    found = toy.respond(model, S, ["7+5*3-2"], 8000, toy.torch_stream("cpu", 0, "a test"))
+    found = toy.sample_responses(model, S, ["7+5*3-2"], 8000, toy.torch_rng_for("cpu", 0, "a test"))
     logits = model(torch.tensor([toy.encode("7+5*3-2=")]))[0, -1]
     p = (logits / temperature).softmax(-1).detach()
     frequency = torch.bincount(found.tokens[:, 8], minlength=toy.VOCAB_SIZE) / 8000
@@ -54,7 +54,7 @@ def test_rewards_stand_at_their_rows(model):
             toy.ENCODING.decode(part) for part in (tokens[:start], tokens[start:end])
         )
         reward = float(found.rewards[i // S.group, i % S.group])
-        assert reward == toy.is_right(problem.removesuffix("="), response)
+        assert reward == toy.is_correct(problem.removesuffix("="), response)
         seen.add(reward)
     assert seen == {0.0, 1.0}
 

@@ -90,7 +90,7 @@ def test_solutions_against_arithmetic(n):
         assert toy.sloppy(expression, rng, 1.0) == [expression, lines[-1]]
         some = toy.sloppy(expression, rng, 0.5)
         assert some == [line for line in lines if line in some]
-        assert toy.has_right_steps(expression, "=".join(some[1:]) + "<eos>")
+        assert toy.has_correct_lines(expression, "=".join(some[1:]) + "<eos>")
 
 
 RIGHT = "2*3-2=6-2=4<eos> 6-2=4<eos> 4<eos>".split()
@@ -100,10 +100,10 @@ WRONG += ["", *"<pad>4<eos> 4<pad> -4<eos> 2*3-2=6-2=5<eos> 6-2<eos>".split()]
 
 
 def test_verifier_and_steps():
-    """A right answer counts however it was reached; has_right_steps tells the two apart."""
+    """A right answer counts however it was reached; has_correct_lines tells the two apart."""
     for response in RIGHT + BY_WRONG_STEPS + WRONG:
-        assert toy.is_right("7+5*3-2", response) == (response not in WRONG), response
-        assert toy.has_right_steps("7+5*3-2", response) == (response in RIGHT), response
+        assert toy.is_correct("7+5*3-2", response) == (response not in WRONG), response
+        assert toy.has_correct_lines("7+5*3-2", response) == (response in RIGHT), response
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 6])
@@ -135,9 +135,9 @@ def test_questions_are_of_all_sizes_in_random_order():
 
 def test_streams_differ_in_every_part_of_their_key():
     keys = list(product((0, 1, 11, 2**32 - 1), ("a", "b"), (0, 1, 11)))
-    assert len({toy.stream(*key).random() for key in keys}) == len(keys)
-    assert len({toy.torch_stream("cpu", *key).initial_seed() for key in keys}) == len(keys)
-    assert toy.stream(3, "a", 1).random() == toy.stream(3, "a", 1).random()
+    assert len({toy.rng_for(*key).random() for key in keys}) == len(keys)
+    assert len({toy.torch_rng_for("cpu", *key).initial_seed() for key in keys}) == len(keys)
+    assert toy.rng_for(3, "a", 1).random() == toy.rng_for(3, "a", 1).random()
 
 
 @pytest.mark.parametrize("skip", [0.0, 0.5])
@@ -150,7 +150,7 @@ def test_pretraining_rows(skip):
         start = 0
         for end in [i + 1 for i, token in enumerate(row) if token == toy.EOS]:
             problem, _, answer = toy.ENCODING.decode(row[start:end]).partition("=")
-            assert toy.has_right_steps(problem, answer)
+            assert toy.has_correct_lines(problem, answer)
             prompt = len(problem) + 1
             assert marked[start:end] == [False] * prompt + [True] * (end - start - prompt)
             careful.append(answer.count("=") == len(problem) // 2 - 1)
@@ -177,19 +177,19 @@ def test_evaluation_against_counting_by_hand(base):
     """With 8 responses to each of 140 problems, more than are sampled at a time."""
     model, s = toy.load_model(base), toy.Settings(n=3)
     found, examples = toy.evaluate(model, s, [3], 140)
-    problems = toy.evaluation_problems(toy.stream(0, "evaluation, n 3"), 3, 140)
-    generator = toy.torch_stream("cpu", 0, "evaluation responses, n 3")
-    texts = toy.attempts(model, s, problems, 8, generator)
-    right = [[toy.is_right(p, text) for text in group] for p, group in zip(problems, texts)]
+    problems = toy.evaluation_problems(toy.rng_for(0, "evaluation, n 3"), 3, 140)
+    generator = toy.torch_rng_for("cpu", 0, "evaluation responses, n 3")
+    texts = toy.sample_texts(model, s, problems, 8, generator)
+    right = [[toy.is_correct(p, text) for text in group] for p, group in zip(problems, texts)]
     shares, every = [sum(r) / 8 for r in right], sum(texts, [])
     for name in ("avg@8", "pass@1"):
         assert found["3"][name] == pytest.approx(np.mean(shares))
     assert found["3"]["avg@8_se"] == pytest.approx(np.std(shares, ddof=1) / 140**0.5)
     assert found["3"]["pass@8"] == pytest.approx(sum(map(any, right)) / 140)
     assert found["3"]["mixed"] == pytest.approx(sum(0 < share < 1 for share in shares) / 140)
-    assert found["3"]["cut_off"] == sum("<eos>" not in text for text in every) / 1120
+    assert found["3"]["unfinished"] == sum("<eos>" not in text for text in every) / 1120
     assert found["3"]["length"] == sum(len(toy.encode(text)) for text in every) / 1120
-    assert found["3"]["right_steps"] <= found["3"]["avg@8"]
+    assert found["3"]["correct_lines"] <= found["3"]["avg@8"]
     assert examples == [[problems[i], texts[i][0]] for i in range(3)]
 
 
@@ -199,11 +199,11 @@ def test_log_of_a_step_against_counting_by_hand(base):
     batch = toy.rollouts(s, model, step=1)
     log, right = toy.describe(model, batch, target), batch.rewards.tolist()
     assert log["reward"] == pytest.approx(sum(map(sum, right)) / 128)
-    assert log["groups_right"] == sum(map(all, right)) / 16
-    assert log["groups_wrong"] == sum(not any(group) for group in right) / 16
-    texts = toy.responses(batch)
+    assert log["groups_all_correct"] == sum(map(all, right)) / 16
+    assert log["groups_all_incorrect"] == sum(not any(group) for group in right) / 16
+    texts = toy.response_texts(batch)
     assert log["length"] == pytest.approx(sum(len(toy.encode(text)) for text in texts) / 128)
-    assert log["cut_off"] == sum(not text.endswith("<eos>") for text in texts) / 128
+    assert log["unfinished"] == sum(not text.endswith("<eos>") for text in texts) / 128
     first = toy.Rollouts(*(x[::8] for x in batch[:3]), batch.rewards)
     mask = minibupo.response_mask(first.prompt_len, first.end, first.tokens.shape[1])
     inner = minibupo.token_logprobs(model, first.tokens, mask, target)
@@ -223,7 +223,7 @@ def test_the_files_of_a_run(finished):
     assert names == {p.name for p in finished.iterdir()}
     steps = toy.read_metrics(finished, "step")
     assert [r["step"] for r in steps] == list(range(1, 13))
-    assert [r["phase"] for r in steps] == ["internal"] * 3 + ["policy"] * 9
+    assert [r["phase"] for r in steps] == [1] * 3 + [2] * 9
     assert all(r["layer_log_ratio"] != 0 for r in steps)  # of layer 2, in both phases
     assert [r["step"] for r in toy.read_metrics(finished, "internal")] == [0, 3, 5, 10, 12]
     assert [r["step"] for r in toy.read_metrics(finished, "eval")] == [0, 12]
@@ -246,7 +246,7 @@ def test_another_seed_is_another_run(finished, base, tmp_path, capsys):
     table = re.findall(r"^ +\d((?: +-?\d+\.\d\d){5})(.*)$", capsys.readouterr().out, re.M)
     assert [mark for _, mark in table] == ["", "  <- target", ""]
     for l, (row, _) in enumerate(table, 1):
-        changes = [inside[name][l - 1] for name in ("d_attn", "d_mlp", "d_layer")]
+        changes = [inside[name][l - 1] for name in ("dH_attn", "dH_mlp", "dH_layer")]
         values = [inside["layer"][l], inside["layer_normed"][l], *changes]
         assert [float(x) for x in row.split()] == pytest.approx(values, abs=0.006)
 
@@ -452,7 +452,7 @@ def test_a_base_that_knows_little_says_so_and_one_that_cannot_be_improved_is_ref
     s = toy.Settings(n=3, n_layer=3, d_model=32)
     toy.pretrain(s, toy.GPT(s.model_config()), [], max_steps=1)
     assert "single operations" in capsys.readouterr().out
-    monkeypatch.setattr(toy, "is_right", lambda *_: False)
+    monkeypatch.setattr(toy, "is_correct", lambda *_: False)
     assert run(*TINY, "--base", base, "--out_dir", tmp_path / "out") == 2
     assert "mixed outcomes" in one_sentence(capsys)
 
@@ -461,7 +461,7 @@ def test_where_the_rule_names_no_layer_the_command_that_goes_on_is_said(
     base, tmp_path, monkeypatch, capsys
 ):
     inside = toy.means_inside
-    monkeypatch.setattr(toy, "means_inside", lambda *a: inside(*a) | {"d_mlp": [-0.1, -0.2, 0.3]})
+    monkeypatch.setattr(toy, "means_inside", lambda *a: inside(*a) | {"dH_mlp": [-0.1, -0.2, 0.3]})
     options = [*NO_PHASE_1, "--s_inter", 3]
     assert run(*options, "--base", base, "--out_dir", tmp_path / "out") == 2
     argv = one_sentence(capsys).split("python train_toy.py")[1].replace("N", "2").split()
