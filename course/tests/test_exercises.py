@@ -273,7 +273,7 @@ def test_hints_come_one_by_one(number, capsys):
     assert f"python course/check.py {number} --hint 2" in out
     check.main([str(number), "--hint", str(len(hints))])
     out = capsys.readouterr().out
-    assert all(hint in out for hint in hints) and "the next" not in out
+    assert all(hint in out for hint in hints) and "next hint" not in out
 
 
 def test_the_list_says_which_pass(tmp_path, capsys):
@@ -293,3 +293,26 @@ def test_a_task_fits_fifteen_lines(number):
     text = (COURSE / "exercises" / f"{check.NAMES[number - 1]}.py").read_text(encoding="utf-8")
     task = re.match(r'"""(.*?)"""', text, re.DOTALL)[1]
     assert len(task.strip().splitlines()) <= 15
+
+
+def test_the_plan_of_the_course_fits_its_sessions():
+    """The minutes of a session are those of its parts, and exercises have the minutes they need."""
+    readme = (COURSE / "README.md").read_text(encoding="utf-8")
+    plan = readme.split("## Plan")[1].split("##")[0]
+    total = planned = 0
+    exercises = []
+    for line in plan.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) < 4 or not cells[2].isdigit():
+            continue
+        if cells[1]:
+            assert planned == total
+            total = int(re.search(r"\((\d+)\)", cells[1])[1])
+            planned = 0
+        planned += int(cells[2])
+        if cells[3].startswith("exercises"):
+            numbers = [int(number) for number in re.findall(r"\d+", cells[3])]
+            assert sum(check.load(number).MINUTES for number in numbers) == int(cells[2])
+            exercises += numbers
+    assert planned == total
+    assert sorted(exercises) == list(NUMBERS)
