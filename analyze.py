@@ -1,257 +1,438 @@
-"""A look at one model or one run: what its internal policies are, and what training does to them.
+"""Look inside one model or one run: what its internal policies are, and what training changes.
 
-    python analyze.py all RUN                   all of a run, into RUN/figures
-    python analyze.py entropy RUN               entropy flow and entropy change by layer (Fig. 2, 3)
-    python analyze.py writes RUN                the same, and cosines of the writes (Appendix B.2)
-    python analyze.py dynamics RUN              training (Fig. 4, 7), feature refinement (Fig. 5)
-    python analyze.py lens RUN "7+5*3-2="       what each internal policy would say: picture, page
-    python analyze.py sample RUN "7+5*3-2=" --layer 4    answers of an internal policy itself
+    python analyze.py all RUN                   everything about a run, written to RUN/figures
+    python analyze.py entropy RUN               entropy by layer and how it changes (Fig. 2, 3)
+    python analyze.py writes RUN                the same and cosines of writes (Appendix B.2)
+    python analyze.py dynamics RUN              training (Fig. 4, 7) and feature refinement (Fig. 5)
+    python analyze.py lens RUN "7+5*3-2="       what each internal policy would say next
+    python analyze.py sample RUN "7+5*3-2=" --layer 4    answers sampled from an internal policy
     python analyze.py step RUN                  one update as a table, token by token
 
-In place of RUN the others than `all` and `dynamics` take a language model: a name on the Hugging
-Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file (needs the extra `hf`). Figure
-numbers are the paper's. Entropies are in nats, at temperature 1. H^0 is the embedding.
+Every command except `all` and `dynamics` also accepts a language model in place of RUN: a name on
+the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file. This needs the
+extra `hf`. In Python, each command is a function of the same name, and `all` is `everything`:
+
+    run = analyze.Run("out/bupo-seed0", checkpoint="final")
+    analyze.lens(run, "7+5*3-2=")
+
+The numbers of figures are the paper's. Entropies are in nats, at temperature 1. H^0 is the output
+of the embedding, before the first layer.
 """
 
 import argparse
 import copy
+import io
 import json
 import math
+import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import minibupo
 import train_toy as toy
 from minibupo import FULL, SITES, Policy, Rollouts, response_mask
+from model import at_least_float32
 
-plt.switch_backend("Agg")  # pictures are written, not shown
-LAYER, FFN, ATTENTION, NORMED, MATCHED = "C0", "C1", "C2", "C3", "C5"  # one colour each everywhere
-GREY, WIDTH = "0.45", 7.0  # WIDTH in inches: both columns of a two-column page
-STYLE = ["seaborn-v0_8-paper", "seaborn-v0_8-colorblind", {"figure.constrained_layout.use": True}]
-STYLE += [{"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8}]
-STYLE += [{"legend.frameon": False, "lines.markeredgewidth": 1, "savefig.dpi": 200}]
+# One colour for each thing, in every figure.
+LAYER = "C0"
+FFN = "C1"
+ATTENTION = "C2"
+NORMED = "C3"
+MATCHED = "C5"
+GREY = "0.45"
+WIDTH = 7.0  # inches: both columns of a two-column page
+STYLE = [
+    "seaborn-v0_8-paper",
+    "seaborn-v0_8-colorblind",
+    {
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 8,
+        "legend.frameon": False,
+        "lines.markeredgewidth": 1,
+        "savefig.dpi": 200,
+    },
+]
+styled = style.context(STYLE)  # a decorator: figures made inside the function have this style
+
 CHECKPOINTS = {"base": "base.pt", "phase1": "phase1.pt", "final": "ckpt.pt"}
-AVG = f"avg@{toy.SAMPLES}"
+AVERAGE = f"avg@{toy.SAMPLES}"
+EXAMPLE = "7+5*3-2="  # the prompt of `sample`, if none is given
+ANSWER_TOKENS = 48  # the most tokens that a language model may answer with
+PAPER_LR = 1e-6  # the learning rate of `step` for a language model
 
-# ---- what is looked at -------------------------------------------------------------------------
-
-
-@dataclass
-class Subject:
-    """A run or a language model, in one shape. Its models keep the contract in minibupo.py."""
-
-    folder: Path  # where figures go
-    chosen: str  # the checkpoint to look at
-    checkpoints: list[str]  # all that there are, in the order of training
-    load: Callable  # name of a checkpoint -> model
-    encode: Callable  # prompt, response -> token ids of both, and how many are the prompt's
-    decode: Callable  # token ids -> text
-    eos_id: int
-    limit: int  # tokens that a response may take
-    run: Path | None = None  # None for a language model
-    settings: toy.Settings | None = None  # of the run
-
-    def word(self, token: int) -> str:
-        """The text of one token: a dot for a space, an escape for what cannot be seen."""
-        return repr(self.decode([token]))[1:-1].replace(" ", "·")
+# ---- what to look at: a run or a language model ------------------------------------------------
 
 
-def read_run(path: Path, chosen="base", device="auto") -> Subject:
-    """The run in a directory. Raises ValueError if there is none."""
-    s, device = toy.read_settings(path), toy.pick_device(device)
-    torch.set_num_threads(s.threads)
+class Run:
+    """A run of train_toy.py, read from its directory. Raise ValueError if there is none.
 
-    def load(name):
-        return toy.load_model(path / CHECKPOINTS[name], device)
+    `checkpoint` names the model to look at ("base", "phase1" or "final"); figures go to `folder`.
+    """
 
-    def encode(prompt, response):
+    def __init__(self, path, checkpoint="base", device="auto", folder=None):
+        self.path = Path(path)
+        self.settings = toy.read_settings(self.path)
+        self.device = toy.pick_device(device)
+        self.checkpoint = checkpoint
+        # the checkpoints that this run has, in the order of training
+        files = {name: self.path / file for name, file in CHECKPOINTS.items()}
+        self.checkpoints = [name for name, file in files.items() if file.is_file()]
+        self.folder = Path(folder or self.path / "figures")
+        self.eos_id = toy.EOS
+        self.response_limit = self.settings.response_limit
+        self.decode = toy.ENCODING.decode
+        torch.set_num_threads(self.settings.threads)
+
+    def file_of(self, name: str) -> Path:
+        """Return the file of a checkpoint. Raise ValueError if the run does not have it."""
+        if name not in self.checkpoints:
+            found = ", ".join(self.checkpoints) or "none"
+            missing = self.path / CHECKPOINTS.get(name, name)
+            raise ValueError(f"{missing} is missing; the checkpoints of this run are: {found}")
+        return self.path / CHECKPOINTS[name]
+
+    def load(self, name=None):
+        """Return the model of a checkpoint, by default the chosen one."""
+        return toy.load_model(self.file_of(name or self.checkpoint), self.device)
+
+    def encode(self, prompt: str, response: str):
+        """Return the token ids of prompt and response, and how many belong to the prompt."""
         return toy.encode(prompt + response), len(toy.encode(prompt))
 
-    names = [name for name, file in CHECKPOINTS.items() if (path / file).is_file()]
-    codec = (encode, toy.ENCODING.decode, toy.EOS, s.response_limit)
-    return Subject(path / "figures", chosen, names, load, *codec, path, s)
+    def own_text(self, model):
+        """Return tokens and mask of the model's own solutions of held-out problems."""
+        return toy.own_solutions(model, self.settings)
+
+    def target_policy(self) -> Policy:
+        """Return the policy of phase 1; for a GRPO run, the one that its log follows."""
+        path = self.file_of("final")
+        _, content = toy.load_checkpoint(path)
+        with toy.reading(path):
+            return Policy(*content["target"])
+
+    def first_mixed_question(self, model) -> Rollouts:
+        """Return the first question of step 1 that has correct and incorrect responses."""
+        batch = toy.rollouts(self.settings, model, step=1)
+        G = self.settings.group
+        # if no question is mixed, this is the first one, and one_step raises an error
+        q = int((batch.rewards.std(1) > 0).float().argmax())
+        rows = slice(q * G, (q + 1) * G)
+        return Rollouts(
+            batch.tokens[rows], batch.prompt_len[rows], batch.end[rows], batch.rewards[q : q + 1]
+        )
 
 
-def read_language_model(source: str, dtype="float32", device="auto") -> Subject:
-    """A language model by minibupo_hf/adapter.py. Raises ValueError or ImportError if it cannot be read."""
-    from minibupo_hf.adapter import encode_chat, load
+class PretrainedModel:
+    """A language model, read by minibupo_hf/adapter.py. It has no checkpoints but itself.
 
-    model, tokenizer = load(source, dtype, toy.pick_device(device))
-    name = Path(source).name.removesuffix(".gguf")
-    codec = (partial(encode_chat, tokenizer), tokenizer.decode, tokenizer.eos_token_id, 48)
-    return Subject(Path("out") / name / "figures", name, [name], lambda _: model, *codec)
+    Raise ValueError or ImportError if it is not readable.
+    """
+
+    def __init__(self, source: str, dtype="float32", device="auto", folder=None):
+        from minibupo_hf.adapter import encode_chat, load
+
+        self.model, tokenizer = load(source, dtype, toy.pick_device(device))
+        self.checkpoint = Path(source).name.removesuffix(".gguf")
+        self.checkpoints = [self.checkpoint]
+        self.folder = Path(folder or Path("out") / self.checkpoint / "figures")
+        self.eos_id = tokenizer.eos_token_id
+        self.response_limit = ANSWER_TOKENS
+        self.encode = partial(encode_chat, tokenizer)
+        self.decode = tokenizer.decode
+
+    def load(self, name=None):
+        """Return the model."""
+        return self.model
+
+    def own_text(self, model):
+        """Raise ValueError: there are no held-out problems to solve."""
+        raise ValueError("a language model needs a prompt")
+
+    def target_policy(self):
+        """Raise ValueError: no phase 1 has chosen a layer."""
+        raise ValueError("a language model needs a layer to sample from or to train")
+
+    first_mixed_question = own_text
 
 
-def looked_at(subject: Subject, model, args):
-    """Tokens (N, T), mask (N, T-1) of responses: --text, else a greedy answer to the prompt, else
-    own solutions of a run's held-out problems. Raises ValueError for an empty response."""
-    if args.prompt is None and args.text is None:
-        return toy.own_solutions(model, subject.settings)
-    ids, prompt_len = subject.encode(args.prompt or "", args.text or "")
+Subject = Run | PretrainedModel
+
+
+def visible(subject: Subject, token: int) -> str:
+    """Return the text of one token, with a dot for a space and escapes for invisible characters."""
+    return repr(subject.decode([token]))[1:-1].replace(" ", "·")
+
+
+def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
+    """Return tokens (N, T) and the mask (N, T-1) of the responses to look at.
+
+    The response is `text` or, without it, the model's greedy answer to the prompt. With neither
+    prompt nor text, these are a run's own solutions of held-out problems. Raise ValueError for an
+    empty response.
+    """
+    if prompt is None and text is None:
+        return subject.own_text(model)
+
+    refuse_empty(prompt, "prompt")
+    refuse_empty(text, "response")
+    ids, prompt_len = subject.encode(prompt or "", text or "")
     tokens = torch.tensor([ids], device=model.device)
-    if args.text is None:
-        tokens, _, _ = model.generate(tokens, subject.limit, temperature=0, eos_id=subject.eos_id)
-    T = max(1, tokens.shape[1])  # a text of no tokens has no positions
+    if text is None:
+        answer = model.generate(
+            tokens, subject.response_limit, temperature=0, eos_id=subject.eos_id
+        )
+        tokens = answer.tokens
+
+    T = max(1, tokens.shape[1])  # a text without tokens has no positions
     mask = response_mask(torch.tensor([prompt_len]), torch.tensor([T]), T).to(model.device)
     if not mask.any():
         raise ValueError("there is no response to look at")
     return tokens, mask
 
 
-# ---- entropy (Fig. 2, 3), writes (Appendix B.2), dynamics (Fig. 4, 5, 7) -----------------------
+def refuse_empty(text: str | None, name: str):
+    """Raise ValueError for a text that is given but empty."""
+    if text == "":
+        raise ValueError(f"the {name} is empty")
 
 
-def entropy(subject: Subject, args):
-    """entropy.json, entropy_flow.png, entropy_change.png; returns what look_inside measures. The
-    file has NAME, its mean over positions, NAME_sem, and NAME_median, as few can own a mean."""
-    model = subject.load(subject.chosen)
-    found = minibupo.look_inside(model, *looked_at(subject, model, args))
+# ---- entropy (Fig. 2, 3) and writes (Appendix B.2) ---------------------------------------------
+
+
+def entropy(subject: Subject, prompt=None, text=None) -> dict:
+    """Write entropy.json, entropy_flow.png, entropy_change.png; return what look_inside measures.
+
+    For each measure the file has the mean over positions, its standard error (_sem) and the median
+    (_median), because a few positions can dominate a mean.
+    """
+    model = subject.load()
+    tokens, mask = tokens_to_look_at(subject, model, prompt, text)
+    found = minibupo.look_inside(model, tokens, mask)
     found = {name: values.cpu().double().numpy() for name, values in found.items()}
-    M, log_vocab = found["layer"].shape[1], math.log(model.vocab_size)
+
+    M = found["layer"].shape[1]  # response positions
+    log_vocab = math.log(model.vocab_size)
     summary = {"positions": M, "log_vocab": log_vocab, "target_layer": None}
     for name, values in found.items():
         summary[name] = values.mean(1).tolist()
         summary[f"{name}_sem"] = (values.std(1, ddof=1) / M**0.5).tolist() if M > 1 else None
         summary[f"{name}_median"] = np.median(values, axis=1).tolist()
     try:
-        summary["target_layer"] = minibupo.target_layer(summary["d_mlp"])
+        summary["target_layer"] = minibupo.target_layer(summary["dH_mlp"])
     except ValueError as error:
         print(f"no target layer: {error}")
-    print(f"{subject.chosen}, {M} response positions, target layer {summary['target_layer']}")
+    target = summary["target_layer"]
+    print(f"{subject.checkpoint}: {M} response positions, target layer {target}")
+
+    titles = {
+        "dH_attn": "attention: $dH_{ATTN}$",
+        "dH_mlp": f"FFN: $dH_{{FFN}}$ (target layer: {target or 'none'})",
+        "dH_layer": "layer: $dH_{Layer}$",
+    }
+    ylabel = "entropy change (nats)\nbelow 0: converges\nabove 0: explores"
     save(subject.folder / "entropy.json", json.dumps(summary, indent=1))
     save(subject.folder / "entropy_flow.png", draw_flow(found, log_vocab))
-    titles = {"d_attn": "$dH_{ATTN}$", "d_mlp": "$dH_{FFN}$", "d_layer": "$dH_{Layer}$"}
-    titles["d_mlp"] += f", target layer: {summary['target_layer'] or 'none'}"
-    ylabel = "entropy change (nats)\nconvergence < 0 < exploration"
     save(subject.folder / "entropy_change.png", draw_signed(found, titles, ylabel))
     return found
 
 
-def draw_flow(found: dict, log_vocab: float):
-    """The entropy flow (Fig. 2): H^l by layer, and for each module a line from the entropy of what
-    it reads, the normed stream, to that of what it writes, its dH. Below: the stream's size."""
-    figure, (ax, below) = plt.subplots(2, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(4, 1))
-    curve(ax, 0, found["layer"], LAYER, "$H^l$, raw")
-    ax.plot(found["layer_normed"].mean(1), "--", color=NORMED, label="$H^l$, with LN$_f$")
-    ax.plot(found["layer_matched"].mean(1), "--", color=MATCHED, label="$H^l$, size of $H^L$")
-    modules = ("attn", "attention", "^", ATTENTION, 1 / 3), ("mlp", "FFN", "s", FFN, 2 / 3)
-    for name, label, marker, colour, offset in modules:
-        x = np.arange(len(found[name])) + offset  # layer l stands between l - 1 and l
-        read, written = found[f"{name}_in"].mean(1), found[name].mean(1)
-        ax.vlines(x, read, written, color=colour)
-        ax.plot(x, read, marker, color=colour, mfc="white", ms=8, label=f"{label} reads")
-        ax.plot(x, written, marker, color=colour, label=f"{label} writes")
-    ax.axhline(log_vocab, color=GREY, linewidth=0.8, linestyle=":", label="uniform")
+def writes(subject: Subject, prompt=None, text=None) -> dict:
+    """Do what `entropy` does; write writes.png: the cosine of each write with its stream."""
+    found = entropy(subject, prompt, text)
+    titles = {"cos_attn": "what attention writes", "cos_mlp": "what the FFN writes"}
+    ylabel = "cosine with the stream\nbelow 0: suppresses\nabove 0: amplifies"
+    save(subject.folder / "writes.png", draw_signed(found, titles, ylabel))
+    return found
+
+
+@styled
+def draw_flow(found: dict, log_vocab: float) -> Figure:
+    """Return the entropy flow (Fig. 2): the entropy of each internal policy by layer.
+
+    Each vertical line is one module. It goes from the entropy of its input, the normed stream, to
+    that of its output; the difference is dH. The lower panel shows the norm of the stream.
+    """
+    figure = Figure(figsize=(WIDTH, 4.6))
+    ax, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    plot_by_layer(ax, 0, found["layer"], LAYER, "$H^l$")
+    normed = found["layer_normed"].mean(1)
+    ax.plot(normed, "--", color=NORMED, label="$H^l$ with the final norm")
+    matched = found["layer_matched"].mean(1)
+    ax.plot(matched, "--", color=MATCHED, label="$H^l$ scaled to the norm of $H^L$")
+
+    # layer l is between l - 1 and l on the axis: first attention, then the FFN
+    plot_modules(ax, found["attn_in"], found["attn"], 1 / 3, "^", ATTENTION, "attention")
+    plot_modules(ax, found["mlp_in"], found["mlp"], 2 / 3, "s", FFN, "FFN")
+    ax.axhline(log_vocab, color=GREY, linewidth=0.8, linestyle=":", label="uniform distribution")
     ax.set(ylabel="entropy (nats)", ylim=(0, 1.08 * log_vocab), xlabel="")
-    figure.legend(ncols=4, loc="outside upper center")
-    curve(below, 0, found["rms_layer"], LAYER)
+    figure.legend(ncols=3, loc="outside upper center")
+
+    plot_by_layer(below, 0, found["rms_layer"], LAYER)
+    norms = found["rms_layer"].mean(1)
     below.set_yscale("log")
-    below.yaxis.set(major_formatter=plt.LogFormatter(), minor_formatter=plt.LogFormatter())
-    below.set_ylabel("RMS($H^l$)")
+    below.set_yticks([norms.min(), norms.max()], [f"{norms.min():.2g}", f"{norms.max():.2g}"])
+    below.minorticks_off()
+    below.set_ylabel("RMS of $H^l$")
     return figure
 
 
-def draw_signed(found: dict, titles: dict, ylabel: str):
-    """Measures {name: title} of attention, FFN and layer, a panel each, by layer (Fig. 3)."""
-    figure, axes = plt.subplots(1, len(titles), figsize=(WIDTH, 2.4), sharey=True)
+def plot_modules(ax, read, written, offset: float, marker: str, colour: str, name: str):
+    """Draw a vertical line for each layer's module, from its input's entropy to its output's."""
+    x = np.arange(len(read)) + offset
+    read = read.mean(1)
+    written = written.mean(1)
+    ax.vlines(x, read, written, color=colour)
+    ax.plot(x, read, marker, color=colour, mfc="white", ms=8, label=f"{name}: input")
+    ax.plot(x, written, marker, color=colour, label=f"{name}: output")
+
+
+@styled
+def draw_signed(found: dict, titles: dict, ylabel: str) -> Figure:
+    """Return a panel by layer for each measure in {name: title} (Fig. 3)."""
+    figure = Figure(figsize=(WIDTH, 2.4))
+    axes = figure.subplots(1, len(titles), sharey=True)
     for ax, (name, title), colour in zip(axes, titles.items(), (ATTENTION, FFN, LAYER)):
         ax.axhline(0, color="black", linewidth=0.6)
-        curve(ax, 1, found[name], colour)
+        plot_by_layer(ax, 1, found[name], colour)
         ax.set_title(title)
     axes[0].set_ylabel(ylabel)
     return figure
 
 
-def writes(subject: Subject, args):
-    """All of `entropy`, and writes.png: the cosine of each write with the stream it is added to."""
-    found = entropy(subject, args)
-    titles = {"cos_attn": "attention writes", "cos_mlp": "FFN writes"}
-    ylabel = "cos(write, stream)\nsuppresses < 0 < amplifies"
-    save(subject.folder / "writes.png", draw_signed(found, titles, ylabel))
+def plot_by_layer(ax, first: int, values, colour, label=None):
+    """Draw the mean of values (layers, M) over positions, and the middle half as a band."""
+    layers = range(first, first + len(values))
+    low, high = np.quantile(values, (0.25, 0.75), axis=1)
+    ax.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
+    ax.plot(layers, values.mean(1), "o-", color=colour, label=label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer" if first else "layer (0: embedding)")
 
 
-def dynamics(subject: Subject, args):
-    """dynamics.png and refinement.png of a run; a dotted line where phase 2 begins."""
-    for name, panels in read_training(subject).items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.2))
-        for ax, (title, points) in zip(axes, panels.items()):
-            ax.plot(list(points), list(points.values()))
-            if subject.settings.s_inter:
-                ax.axvline(subject.settings.s_inter + 0.5, color=GREY, lw=0.8, ls=":")
-            ax.set(title=title, xlabel="step")
-        save(subject.folder / f"{name}.png", figure)
+# ---- dynamics (Fig. 4, 5, 7) -------------------------------------------------------------------
 
 
-def read_training(subject: Subject) -> dict:
-    """{figure: {title: {step: value}}} of a run. Raises ValueError for damaged metrics."""
-    steps, tests, looks = (toy.read_metrics(subject.run, k) for k in ("step", "eval", "internal"))
-    n, layer = str(subject.settings.n), target_policy(subject).layer
+def dynamics(run: Run):
+    """Write dynamics.png and refinement.png; a dotted line marks the start of phase 2."""
+    for name, panels in read_training(run).items():
+        save(run.folder / f"{name}.png", draw_training(panels, run.settings.s_inter))
 
-    def points(records, value):
+
+def read_training(run: Run) -> dict:
+    """Return the curves of a run: {figure: {title: {step: value}}}.
+
+    Raise ValueError for damaged metrics.
+    """
+    steps = toy.read_metrics(run.path, "step")
+    evaluations = toy.read_metrics(run.path, "eval")
+    measurements = toy.read_metrics(run.path, "internal")
+    n = run.settings.n
+    target = run.target_policy().layer
+
+    def curve(records, value):
         return {int(record["step"]): np.float64(value(record)) for record in records}
 
-    with toy.reading(subject.run / "metrics.jsonl"):
+    with toy.reading(run.path / "metrics.jsonl"):
         return {
             "dynamics": {
-                "training reward": points(steps, lambda r: r["reward"]),
-                f"held-out {AVG}, n = {n}": points(tests, lambda r: r["tiers"][n][AVG]),
-                "entropy (nats)": points(steps, lambda r: r["policy_entropy"]),
-                "length (tokens)": points(steps, lambda r: r["length"]),
+                "training reward": curve(steps, lambda r: r["reward"]),
+                f"held-out accuracy, n = {n}": curve(
+                    evaluations, lambda r: r["tiers"][str(n)][AVERAGE]
+                ),
+                r"entropy of $\pi_\theta$ (nats)": curve(steps, lambda r: r["policy_entropy"]),
+                "response length (tokens)": curve(steps, lambda r: r["length"]),
             },
             "refinement": {
-                "cos($H^l$, $H^L$), target $l$": points(looks, lambda r: r["cos_layer"][layer]),
-                "$dH_{Layer}$, target $l$": points(looks, lambda r: r["d_layer"][layer - 1]),
-                "perplexity": points(looks, lambda r: r["perplexity"]),
+                "cosine of $H^l$ and $H^L$, target layer": curve(
+                    measurements, lambda r: r["cos_layer"][target]
+                ),
+                "$dH_{Layer}$ (nats), target layer": curve(
+                    measurements, lambda r: r["dH_layer"][target - 1]
+                ),
+                "perplexity of the base's solutions": curve(
+                    measurements, lambda r: r["perplexity"]
+                ),
             },
         }
 
 
-def target_policy(subject: Subject) -> Policy:
-    """The policy of a run's phase 1; of a GRPO run, the one that train_toy.pick_target shows."""
-    _, content = toy.load_checkpoint(subject.run / "ckpt.pt")
-    with toy.reading(subject.run / "ckpt.pt"):
-        return Policy(*content["target"])
+@styled
+def draw_training(panels: dict, s_inter: int) -> Figure:
+    """Return a panel for each curve of {title: {step: value}}."""
+    figure = Figure(figsize=(WIDTH, 2.2))
+    for ax, (title, curve) in zip(figure.subplots(1, len(panels)), panels.items()):
+        # show where a curve was measured; do not guess what a few points have in between
+        marker = "o" if len(curve) <= 20 else ""
+        line = "-" if len(curve) > 5 else ""
+        ax.plot(list(curve), list(curve.values()), marker=marker, ms=3, linestyle=line)
+        if s_inter:
+            ax.axvline(s_inter + 0.5, color=GREY, lw=0.8, ls=":")
+        ax.set(title=title, xlabel="step")
+    return figure
 
 
-# ---- lens, sample, step ------------------------------------------------------------------------
+# ---- lens --------------------------------------------------------------------------------------
+
+PAD_NOTE = (
+    "<pad> fills up the short rows of a batch. No policy is trained to say it, but it has a row in "
+    "E_u like every other token, so an internal policy can prefer it."
+)
 
 
-def lens(subject: Subject, args):
-    """lens.png of one checkpoint, lens.html of all: what each internal policy would say."""
-    model = subject.load(subject.chosen)
-    tokens, mask = (x[:1] for x in looked_at(subject, model, args))  # of one text
+def lens(subject: Subject, prompt=None, text=None):
+    """Write what each internal policy would say next: lens.png of the chosen checkpoint, and
+    lens.html of all checkpoints."""
+    model = subject.load()
+    tokens, mask = tokens_to_look_at(subject, model, prompt, text)
+    tokens = tokens[:1]
+    mask = mask[:1]
+    word = partial(visible, subject)
     positions = mask[0].nonzero()[:, 0].tolist()
-    words = [subject.word(i) for i in tokens[0, : positions[-1] + 2].tolist()]  # up to its last
-    read, said = [words[t] for t in positions], [words[t + 1] for t in positions]
-    look = partial(lens_cells, tokens=tokens, mask=mask, word=subject.word)
-    cells = {name: look(subject.load(name)) for name in subject.checkpoints}
-    data = {"title": "".join(words), "read": read, "said": said, "checkpoints": cells}
-    data["logV"] = math.log(model.vocab_size)
-    # "<" as an escape, so that no token can end the script that the data stands in
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = (Path(__file__).parent / "minibupo_pages" / "lens.html").read_text(encoding="utf-8")
-    save(subject.folder / "lens.html", page.replace("DATA", text))
-    save(subject.folder / "lens.png", draw_lens(cells[subject.chosen]["raw"], said, data["logV"]))
+    words = [word(token) for token in tokens[0, : positions[-1] + 2].tolist()]
+    cells = {
+        name: lens_cells(subject.load(name), tokens, mask, word) for name in subject.checkpoints
+    }
+
+    page = {
+        "prompt": "".join(words[: positions[0] + 1]),
+        "tokens": [words[t] for t in positions],
+        "next_tokens": [words[t + 1] for t in positions],
+        "checkpoints": cells,
+        "log_vocab": math.log(model.vocab_size),
+        "note": PAD_NOTE if '"<pad>"' in json.dumps(cells) else "",
+    }
+    save(subject.folder / "lens.html", lens_page(page))
+    save(subject.folder / "lens.png", draw_lens(page, subject.checkpoint))
 
 
 @torch.no_grad()
 def lens_cells(model, tokens, mask, word) -> dict:
-    """{"raw", or "normed" for the logit lens: {site: rows}}. A row is a layer, H^0 first, and has
-    for each response position [entropy, [token, p], ..] with the five likeliest tokens."""
+    """Return what the page shows of one model: {"raw" or "normed": {site: rows}}.
+
+    "normed" is the logit lens. A row is a layer, H^0 first. It has a cell for each response
+    position: [entropy, [word, probability], ...] with the five likeliest tokens.
+    """
 
     def row(h):  # of vectors (M, d)
-        logits = minibupo.at_least_float32(model.unembed(h))
+        logits = at_least_float32(model.unembed(h))
+        entropies = minibupo.entropy(logits).tolist()
         top_p, top_ids = logits.softmax(-1).topk(5)
-        cells = zip(minibupo.entropy(logits).tolist(), top_ids.tolist(), top_p.tolist())
-        return [[round(H, 2), *([word(i), round(p, 4)] for i, p in zip(*top))] for H, *top in cells]
+        cells = []
+        for nats, ids, probabilities in zip(entropies, top_ids.tolist(), top_p.tolist()):
+            likeliest = [[word(i), round(p, 4)] for i, p in zip(ids, probabilities)]
+            cells.append([round(nats, 2), *likeliest])
+        return cells
 
     traces = list(model.trace(tokens[:, :-1]))
     layers = {site: [getattr(trace, site)[mask] for trace in traces] for site in SITES}
@@ -262,131 +443,209 @@ def lens_cells(model, tokens, mask, word) -> dict:
     }
 
 
-def draw_lens(cells: dict, said: list[str], log_vocab: float):
-    """The likeliest token by layer and position, bold if it follows, coloured by the entropy."""
-    L, M = len(cells["mlp_out"]), len(said)
-    size = max(WIDTH, (0.4 if log_vocab < 4 else 0.55) * M + 1), 0.6 * L + 1.5  # words are wider
-    figure, axes = plt.subplots(3, figsize=size, sharex=True, height_ratios=(L + 1, L, L))
-    titles = "layer policy, $H^l$", "attention policy, $A^l$", "FFN policy, $F^l$"
+def lens_page(page: dict) -> str:
+    """Return the web page that shows these data."""
+    template = Path(__file__).parent / "minibupo_pages" / "lens.html"
+    # "<" becomes an escape, so that no token can end the script element that holds the data
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
+    return template.read_text(encoding="utf-8").replace("DATA", data)
+
+
+@styled
+def draw_lens(page: dict, checkpoint: str) -> Figure:
+    """Return a picture of one checkpoint's page: the likeliest token by layer and position."""
+    sites = page["checkpoints"][checkpoint]["raw"]
+    L = len(sites["mlp_out"])
+    M = len(page["next_tokens"])
+    column = (
+        0.4 if page["log_vocab"] < 4 else 0.55
+    )  # inches: the words of a language model are wider
+    figure = Figure(figsize=(max(WIDTH, column * M + 1), 0.6 * L + 2))
+    axes = figure.subplots(3, sharex=True, height_ratios=(L + 1, L, L))
+    prompt = shortened(page["prompt"], 60)
+    title = f"What each internal policy would say next ({checkpoint}), after {prompt}"
+    figure.suptitle(title, size=9, parse_math=False)
+    titles = (
+        "policy of the stream, $H^l$",
+        "policy of attention, $A^l$",
+        "policy of the FFN, $F^l$",
+    )
     for ax, site, title in zip(axes, SITES, titles):
-        rows = cells[site]
-        H = np.array([[cell[0] for cell in row] for row in rows])
-        image = ax.imshow(H, cmap="cividis", vmin=0, vmax=log_vocab, aspect="auto", origin="lower")
-        for (i, m), undecided in np.ndenumerate(H):
-            token, _ = rows[i][m][1]
-            style = dict(ha="center", va="center", size=7, parse_math=False)
-            style["weight"] = "bold" if token == said[m] else "normal"
-            style["color"] = "white" if undecided < 0.55 * log_vocab else "black"
-            ax.text(m, i, token if len(token) < 8 else token[:6] + "…", **style)
-        ax.set_yticks(range(len(rows)), [l or "emb." for l in range(L + 1 - len(rows), L + 1)])
+        image = draw_cells(ax, sites[site], page["next_tokens"], page["log_vocab"])
+        first = L + 1 - len(sites[site])  # 0 for the stream, which has H^0
+        ax.set_yticks(range(L + 1 - first), [l or "emb." for l in range(first, L + 1)])
         ax.set(ylabel="layer", title=title)
         ax.tick_params(length=0)
-    axes[2].set_xticks(range(M), said, parse_math=False)
-    axes[2].set_xlabel("response token, to be predicted")
+    axes[2].set_xticks(range(M), page["next_tokens"], parse_math=False)
+    axes[2].set_xlabel("token that follows in the response (bold if the policy finds it likeliest)")
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
+    if page["note"]:
+        figure.supxlabel(page["note"], size=6, color=GREY)
     return figure
 
 
-def sample(subject: Subject, args):
-    """Print responses of an internal policy to a prompt, and its accuracy beside pi_theta's."""
-    model, prompt = subject.load(subject.chosen), args.prompt or "7+5*3-2="
-    layer = target_policy(subject).layer if args.layer is None else args.layer
-    asked = torch.tensor([subject.encode(prompt, "")[0]], device=model.device)
-    options = dict(num_samples=4, eos_id=subject.eos_id)
-    options["generator"] = toy.torch_stream(model.device, 0, "sample")
-    for name, policy in ((f"layer {layer}", model.truncated(layer)), ("pi_theta", model)):
-        print(f"responses of {name} ({subject.chosen}) to {prompt}")
-        sampled = policy.generate(asked, subject.limit, **options)
-        for row, end in zip(sampled.tokens.tolist(), sampled.end.tolist()):
-            print(f"  {subject.decode(row[asked.shape[1] : end])!r}")
-        if subject.run:
-            results, _ = toy.evaluate(policy, subject.settings, subject.settings.tiers, 128)
-            shares = (f"n = {n}: {100 * result[AVG]:.1f}" for n, result in results.items())
-            print(f"  {AVG} on 128 held-out problems of each length, in %:", *shares, sep="   ")
+def draw_cells(ax, rows: list, next_tokens: list[str], log_vocab: float):
+    """Draw a cell for each layer and position, coloured by entropy, with its likeliest token."""
+    nats = np.array([[cell[0] for cell in row] for row in rows])
+    image = ax.imshow(nats, cmap="cividis", vmin=0, vmax=log_vocab, aspect="auto", origin="lower")
+    for i, row in enumerate(rows):
+        for m, (entropy, likeliest, *_) in enumerate(row):
+            ax.text(
+                m,
+                i,
+                shortened(likeliest[0], 7),
+                ha="center",
+                va="center",
+                size=7,
+                parse_math=False,
+                weight="bold" if likeliest[0] == next_tokens[m] else "normal",
+                color="white" if entropy < 0.55 * log_vocab else "black",
+            )
+    return image
 
+
+def shortened(text: str, length: int) -> str:
+    """Return the text, cut and ended by a mark if it is longer than this."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# ---- sample ------------------------------------------------------------------------------------
+
+
+def sample(subject: Subject, prompt=None, layer=None):
+    """Print responses of an internal policy and of pi_theta; for a run, their accuracy as well."""
+    prompt = EXAMPLE if prompt is None else prompt
+    refuse_empty(prompt, "prompt")
+    model = subject.load()
+    layer = subject.target_policy().layer if layer is None else layer
+    ids, _ = subject.encode(prompt, "")
+    generator = toy.torch_rng_for(model.device, 0, "sample")
+    for name, policy in ((f"layer {layer}", model.truncated(layer)), ("pi_theta", model)):
+        print(f"responses of {name} ({subject.checkpoint}) to {prompt}")
+        sampled = policy.generate(
+            torch.tensor([ids], device=model.device),
+            subject.response_limit,
+            num_samples=4,
+            eos_id=subject.eos_id,
+            generator=generator,
+        )
+        for row, end in zip(sampled.tokens.tolist(), sampled.end.tolist()):
+            print(f"  {subject.decode(row[len(ids) : end])!r}")
+        if isinstance(subject, Run):
+            print_accuracy(subject, policy)
+
+
+def print_accuracy(run: Run, policy):
+    """Print a policy's accuracy on 128 held-out problems of each length."""
+    results, _ = toy.evaluate(policy, run.settings, run.settings.tiers, 128)
+    shares = [f"n = {n}: {100 * result[AVERAGE]:.1f}%" for n, result in results.items()]
+    print(f"  {AVERAGE} on 128 held-out problems of each length:   " + "   ".join(shares))
+
+
+# ---- step --------------------------------------------------------------------------------------
 
 WHY = """
-Before the step every ratio is 1. So the loss is minus the mean advantage of the tokens: about 0,
-however good the responses are. Its gradient is not 0: for a token it is -advantage / tokens times
-the gradient of its log-probability. "none": this gradient does not exist, and nothing moves these
-weights. E_u is lm_head.weight, or the embedding if tied."""
+Before the step every ratio is 1, so the loss is minus the mean advantage of the tokens: about 0,
+however good the responses are. Its gradient is not 0. For one token it is -advantage / tokens times
+the gradient of its log-probability. "none" means that no gradient reaches these weights, so they do
+not change. E_u is lm_head.weight, or embed.weight if the two are tied."""
 
 
-def step(subject: Subject, args):
-    """step.txt: one update on one question, in each phase from the same weights, side by side."""
-    model = subject.load(subject.chosen)
-    target = target_policy(subject) if args.layer is None else Policy(args.layer)
-    rollouts = one_question(subject, model, args)
-    lr = subject.settings.lr if subject.settings else 1e-6  # the paper's, for a language model
-    numbers1, tokens1 = one_step(copy.deepcopy(model), rollouts, target, lr)
-    numbers2, tokens2 = one_step(copy.deepcopy(model), rollouts, FULL, lr)
-    words = [[subject.word(i) for i in row] for row in rollouts.tokens.tolist()]
-    P, ends = int(rollouts.prompt_len[0]), rollouts.end.tolist()
-    advantages = minibupo.group_advantages(rollouts.rewards)[0]
-    lines = [f"question {''.join(words[0][:P])}", "", "reward  advantage   response"]
-    for R, A, row, end in zip(rollouts.rewards[0], advantages, words, ends):
-        lines.append(f"{R:6g}{A:+11.3f}   {''.join(row[P:end])}")
-    rows = (f"{label:35}{numbers1[label]:>26}{numbers2[label]:>26}".rstrip() for label in numbers1)
-    lines += ["", *rows]
-    for i in (int(advantages.argmax()), int(advantages.argmin())):  # a best and a worst response
-        lines += ["", "token     advantage" + "    old log p  new log p     ratio  cut off" * 2]
-        for t in range(P - 1, ends[i] - 1):
-            lines.append(f"{words[i][t + 1]:10}{advantages[i]:+9.3f}{tokens1[i, t]}{tokens2[i, t]}")
-    text = "\n".join([*lines, WHY])
+class StepResult(NamedTuple):
+    """What one update of one policy did to the G responses of a question."""
+
+    policy: Policy
+    mask: torch.Tensor  # (G, T-1) the response positions; the three below are about them
+    old_logp: torch.Tensor  # (G, T-1) before the step
+    new_logp: torch.Tensor  # (G, T-1) after it
+    clipped: torch.Tensor  # (G, T-1) whether the clip removes the token's gradient after the step
+    loss_before: float
+    loss_after: float
+    gradient_norms: dict[str, float | None]  # as gradient_norms returns them
+
+    @property
+    def ratio(self):
+        """exp(new_logp - old_logp), (G, T-1). Before the step it is 1."""
+        return (self.new_logp - self.old_logp).exp()
+
+
+def step(subject: Subject, prompt=None, responses=None, rewards=None, layer=None):
+    """Write and print step.txt; return the StepResults of phase 1 and of phase 2.
+
+    Both are one update on one question, from the same weights. The question is `prompt` with
+    `responses` and their `rewards`, or a run's own first question of mixed outcomes.
+    """
+    model = subject.load()
+    target = subject.target_policy() if layer is None else Policy(layer)
+    rollouts = question_for_step(subject, model, prompt, responses, rewards)
+    lr = subject.settings.lr if isinstance(subject, Run) else PAPER_LR
+    phase1 = one_step(copy.deepcopy(model), rollouts, target, lr)
+    phase2 = one_step(copy.deepcopy(model), rollouts, FULL, lr)
+    text = step_text(subject, rollouts, phase1, phase2)
     print(text)
     save(subject.folder / "step.txt", text)
+    return phase1, phase2
 
 
-def one_question(subject: Subject, model, args) -> Rollouts:
-    """The question of --prompt, --responses, --rewards; or a run's first one of mixed outcomes."""
-    if not (args.prompt or args.responses or args.rewards):
-        batch = toy.rollouts(subject.settings, model, step=1)
-        # where none is mixed, one_step says so
-        q, G = int((batch.rewards.std(1) > 0).float().argmax()), subject.settings.group
-        return Rollouts(*(x[q * G : (q + 1) * G] for x in batch[:3]), batch.rewards[q : q + 1])
-    if not (args.prompt and args.responses and len(args.responses) == len(args.rewards or [])):
-        raise ValueError("step takes a prompt, --responses and as many --rewards, or none of them")
-    rows, prompt_len = zip(*(subject.encode(args.prompt, text) for text in args.responses))
+def question_for_step(subject: Subject, model, prompt, responses, rewards) -> Rollouts:
+    """Return the given question with its responses, or the run's first mixed one."""
+    if prompt is None and not responses and not rewards:
+        return subject.first_mixed_question(model)
+    responses = responses or []
+    rewards = rewards or []
+    if prompt is None or len(responses) < 2 or len(responses) != len(rewards):
+        given = f"{len(responses)} responses and {len(rewards)} rewards"
+        raise ValueError(
+            "step takes a prompt, two or more --responses and as many --rewards, or none of them, "
+            f"not {'a' if prompt else 'no'} prompt, {given}"
+        )
+    refuse_empty(prompt, "prompt")
+    for response in responses:
+        refuse_empty(response, "response")
+    rows, prompt_len = zip(*(subject.encode(prompt, response) for response in responses))
     tokens, end = toy.padded(list(rows), model.device, value=0)
     prompt_len = torch.tensor(prompt_len, device=model.device)
-    return Rollouts(tokens, prompt_len, end, torch.tensor([args.rewards], device=model.device))
+    rewards = torch.tensor([rewards], dtype=torch.float32, device=model.device)
+    return Rollouts(tokens, prompt_len, end, rewards)
 
 
-def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> tuple[dict, dict]:
-    """minibupo.update by one mini-batch, and all that it goes by, as text: {label: value} for the
-    step, {(i, t): columns} for tokens[i, t + 1]. Raises ValueError where all rewards are equal."""
-    tokens, prompt_len, end, rewards = rollouts
-    mask = response_mask(prompt_len, end, tokens.shape[1])
-    advantages = minibupo.group_advantages(rewards)[0].to(tokens.device)
+def one_step(model, rollouts: Rollouts, policy: Policy, lr: float) -> StepResult:
+    """Make one optimizer step of minibupo.update on one question and return its result.
+
+    Raise ValueError if all rewards are equal.
+    """
+    tokens = rollouts.tokens
+    mask = response_mask(rollouts.prompt_len, rollouts.end, tokens.shape[1])
+    advantages = minibupo.group_advantages(rollouts.rewards)[0].to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    old = minibupo.token_logprobs(model, tokens, mask, policy).detach()
-    # the norm is not clipped, to show the true one; AdamW's first step hardly depends on its size
+
+    old_logp = minibupo.token_logprobs(model, tokens, mask, policy).detach()
+    loss_before, _ = minibupo.surrogate(old_logp, old_logp, advantages, mask)
+    # The gradient is not clipped, so that its true norm is shown. AdamW's first step hardly depends
+    # on that norm.
     log = minibupo.update(model, optimizer, rollouts, policy, minibatches=1, max_grad_norm=math.inf)
     if log["optimizer_steps"] == 0:
         raise ValueError("all rewards are equal: no response has an advantage, nothing is learned")
-    new = minibupo.token_logprobs(model, tokens, mask, policy).detach().requires_grad_()
-    phase = "2: pi_theta" if policy == FULL else f"1: {policy.site}, layer {policy.layer}"
-    numbers = {"": f"phase {phase}"}
-    for when, logp in (("before", old), ("after", new)):
-        loss, cut_off = minibupo.surrogate(logp, old, advantages, mask)
-        ratio = (logp - old).exp()
-        numbers[f"loss {when} the step"] = f"{loss:.5f}"
-        numbers[f"ratios {when} the step"] = f"{ratio[mask].min():.3g} .. {ratio[mask].max():.3g}"
-        numbers[f"tokens cut off {when} the step"] = f"{cut_off} of {mask.sum()}"
-    numbers["gradient norm of"] = ""
-    for part, norm in gradient_norms(model).items():
-        numbers[f"  {part}"] = "none" if norm is None else f"{norm:.4f}"
-    # `loss` is that after the step: a token that the clip has cut off has no gradient
-    [gradient] = torch.autograd.grad(loss, new)
-    columns = {}
-    for i, t in mask.nonzero().tolist():
-        cut = "yes" if gradient[i, t] == 0 else "no"
-        columns[i, t] = f"{old[i, t]:13.4f}{new[i, t]:11.4f}{ratio[i, t]:10.3g}{cut:>9}"
-    return numbers, columns
+
+    new_logp = minibupo.token_logprobs(model, tokens, mask, policy).detach().requires_grad_()
+    loss_after, _ = minibupo.surrogate(new_logp, old_logp, advantages, mask)
+    # a token whose gradient is 0 although its response has an advantage is clipped
+    [gradient] = torch.autograd.grad(loss_after, new_logp)
+    clipped = mask & (gradient == 0) & (advantages != 0)[:, None]
+    return StepResult(
+        policy,
+        mask,
+        old_logp,
+        new_logp.detach(),
+        clipped,
+        loss_before.item(),
+        loss_after.item(),
+        gradient_norms(model),
+    )
 
 
 def gradient_norms(model) -> dict[str, float | None]:
-    """The gradient's norm by layer, and by parameter outside the layers; None without gradient."""
+    """Return the gradient's norm by layer, and by parameter outside layers; None if it has none."""
     norms = {}
     for name, parameter in model.named_parameters():
         number = re.search(r"\.(\d+)\.", name)  # of the layer, from 0
@@ -397,103 +656,265 @@ def gradient_norms(model) -> dict[str, float | None]:
     return norms
 
 
-# ---- housekeeping: all of a run, files, the command line ---------------------------------------
+def step_text(subject: Subject, rollouts: Rollouts, phase1: StepResult, phase2: StepResult) -> str:
+    """Return the table of `step`: both phases side by side, for two responses token by token."""
+    words = [[visible(subject, i) for i in row] for row in rollouts.tokens.tolist()]
+    prompt_len = int(rollouts.prompt_len[0])
+    ends = rollouts.end.tolist()
+    advantages = minibupo.group_advantages(rollouts.rewards)[0].tolist()
+
+    lines = [f"question {''.join(words[0][:prompt_len])}", "", "reward  advantage   response"]
+    for reward, advantage, row, end in zip(rollouts.rewards[0], advantages, words, ends):
+        lines.append(f"{reward:6g}{advantage:+11.3f}   {''.join(row[prompt_len:end])}")
+
+    lines.append("")
+    summary2 = step_summary(phase2)
+    for label, text in step_summary(phase1).items():
+        lines.append(f"{label:35}{text:>26}{summary2[label]:>26}".rstrip())
+
+    best = advantages.index(max(advantages))
+    worst = advantages.index(min(advantages))
+    for i in (best, worst):
+        lines += ["", "token     advantage" + "    old log p  new log p     ratio  clipped" * 2]
+        for t in range(prompt_len - 1, ends[i] - 1):
+            columns = token_columns(phase1, i, t) + token_columns(phase2, i, t)
+            lines.append(f"{words[i][t + 1]:10}{advantages[i]:+9.3f}{columns}")
+    return "\n".join([*lines, WHY])
 
 
-def everything(subject: Subject, args):
-    """All of a run but samples: of its base in `folder`, of the trained model in folder/final."""
-    trained = replace(subject, chosen="final")
-    for each in (subject, replace(trained, folder=subject.folder / "final")):
-        writes(each, args)
-    lens(trained, args)
-    dynamics(subject, args)
-    step(subject, args)
+def step_summary(result: StepResult) -> dict[str, str]:
+    """Return the rows about the whole step, {label: text}."""
+    layer, site = result.policy
+    phase = "phase 2: pi_theta" if result.policy == FULL else f"phase 1: {site}, layer {layer}"
+    ratio = result.ratio[result.mask]
+    rows = {
+        "": phase,
+        "loss before the step": f"{result.loss_before:.5f}",
+        "loss after the step": f"{result.loss_after:.5f}",
+        "ratios before the step": "1 .. 1",
+        "ratios after the step": f"{ratio.min():.3g} .. {ratio.max():.3g}",
+        "tokens clipped after the step": f"{result.clipped.sum()} of {result.mask.sum()}",
+        "gradient norm of": "",
+    }
+    for part, norm in result.gradient_norms.items():
+        rows[f"  {part}"] = "none" if norm is None else f"{norm:.4f}"
+    return rows
 
 
-def curve(ax, first: int, values, colour, label=None):
-    """The mean of values (layers, M) over positions by layer, and their middle half as a band."""
-    layers = range(first, first + len(values))
-    ax.fill_between(layers, *np.quantile(values, (0.25, 0.75), 1), color=colour, alpha=0.18, lw=0)
-    ax.plot(layers, values.mean(1), "o-", color=colour, label=label)
-    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    ax.set_xlabel("layer" if first else "layer (0: embedding)")
+def token_columns(result: StepResult, i: int, t: int) -> str:
+    """Return the columns about tokens[i, t + 1] in one phase."""
+    old = result.old_logp[i, t]
+    new = result.new_logp[i, t]
+    clipped = "yes" if result.clipped[i, t] else "no"
+    return f"{old:13.4f}{new:11.4f}{result.ratio[i, t]:10.3g}{clipped:>9}"
 
 
-def save(path: Path, content):
-    """Write a text or a figure, whole or not at all, and say so."""
+# ---- everything about a run --------------------------------------------------------------------
+
+
+def everything(run: Run):
+    """Make all figures of a run: of its base in `folder`, of the trained model in folder/final.
+
+    The lens shows the trained model, the table of `step` the base.
+    """
+    device = run.device.type
+    writes(run)
+    writes(Run(run.path, "final", device, run.folder / "final"))
+    lens(Run(run.path, "final", device, run.folder))
+    dynamics(run)
+    step(run)
+
+
+# ---- housekeeping: files and the command line --------------------------------------------------
+
+
+@styled
+def save(path: Path, content: str | Figure):
+    """Write a text or a figure, completely or not at all, and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         toy.write_text(path, content)
     else:
-        toy.write_atomically(path, partial(content.savefig, format="png"))
-        plt.close(content)
+        buffer = io.BytesIO()  # with a path, savefig would not say that the disk is full
+        content.savefig(buffer, format="png")
+        toy.write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
     print(f"wrote {path}")
 
 
-COMMANDS = {  # the function of each, and which of the options it has that not all have
-    "all": (everything, ()),
-    "entropy": (entropy, ("prompt", "text", "checkpoint")),
-    "dynamics": (dynamics, ()),
-    "writes": (writes, ("prompt", "text", "checkpoint")),
-    "lens": (lens, ("prompt", "text", "checkpoint")),
-    "sample": (sample, ("prompt", "layer", "checkpoint")),
-    "step": (step, ("prompt", "layer", "responses", "rewards", "checkpoint")),
+COMMANDS = {
+    "all": everything,
+    "entropy": entropy,
+    "writes": writes,
+    "dynamics": dynamics,
+    "lens": lens,
+    "sample": sample,
+    "step": step,
 }
+OF_A_RUN = ("all", "dynamics")  # commands that a language model does not have
+OF_THE_FINAL_MODEL = ("lens", "sample")  # the others look at the base by default
 
 
-def parse_arguments(argv) -> argparse.Namespace:
-    """The command line. Ends with a sentence for an option that the command does not have."""
-    style = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser("analyze.py", **style, allow_abbrev=False)
-    add = parser.add_argument
-    add("command", choices=COMMANDS)
-    add("run", metavar="RUN", help="directory of a run, or a language model")
-    add("--prompt", help="such as 7+5*3-2=")
-    add("prompt", metavar="PROMPT", nargs="?", default=argparse.SUPPRESS, help="the same")
-    add("--text", help="look at this response (default: the model's own)")
-    add("--layer", type=int, help="of sample and step, 1..L (default: that of phase 1)")
-    add("--responses", nargs="+", help="of step: a group of responses to the prompt")
-    add("--rewards", nargs="+", type=float, help="of step: their rewards")
-    add("--checkpoint", choices=CHECKPOINTS, help="of a run (default: final of lens, sample)")
-    add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="float32", help="of a language model: float32, bfloat16, float16")
-    args = parser.parse_intermixed_args(argv)
-    for name in sorted({option for _, options in COMMANDS.values() for option in options}):
-        if getattr(args, name) is not None and name not in COMMANDS[args.command][1]:
-            parser.error(f"{args.command} has no {name}")
-    return args
+class Parser(argparse.ArgumentParser):
+    """A parser for which "-7<eos>" and "-1e-3" are values; only -h and --name are options."""
+
+    def _parse_optional(self, arg_string):
+        return super()._parse_optional(arg_string) if re.match("-h$|--[a-z]", arg_string) else None
+
+    def error(self, message):
+        if "unrecognized" in message or "expected" in message:
+            message += '; a value that begins like an option is written --text="--value"'
+        super().error(message)
 
 
-def read_subject(args) -> Subject:
-    """The run or language model that a command is about. Raises ValueError for neither."""
-    path = Path(args.run)
-    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.run) and not path.parent.exists()
-    if path.is_file() or on_the_hub or list(path.glob("*.safetensors")):
-        if args.command in ("all", "dynamics") or args.checkpoint:
+def make_parser() -> tuple[Parser, dict]:
+    """Return the parser of the command line, and the parser of each command's own options."""
+    parser = Parser("analyze.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, function in COMMANDS.items():
+        summary = function.__doc__.split("\n\n")[0]
+        add = commands.add_parser(name, description=summary, allow_abbrev=False).add_argument
+        if name in OF_A_RUN:
+            add("source", metavar="RUN", help="directory of a run")
+        else:
+            add("source", metavar="RUN", help="directory of a run, or a language model")
+            add("prompt", nargs="?", metavar="PROMPT", help=f"such as {EXAMPLE}")
+            add("--prompt", dest="prompt_option", metavar="PROMPT", help="the same as an option")
+            default = "final" if name in OF_THE_FINAL_MODEL else "base"
+            add("--checkpoint", choices=CHECKPOINTS, help=f"model of a run (default: {default})")
+            types = ("float32", "bfloat16", "float16")
+            add("--dtype", choices=types, help="type of a language model (default: float32)")
+        if name in ("entropy", "writes", "lens"):
+            add("--text", help="response to look at (default: the model's own)")
+        if name in ("sample", "step"):
+            add("--layer", type=layer_number, help="1..L (default: the layer of phase 1)")
+        if name == "step":
+            several = dict(nargs="+", action="extend")
+            add("--responses", **several, metavar="TEXT", help="a group of responses")
+            add("--rewards", **several, metavar="NUMBER", type=reward, help="one for each response")
+        if name != "sample":
+            add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
+        add("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser, commands.choices
+
+
+def layer_number(text: str) -> int:
+    """Return the layer of the command line. Raise an error of argparse for an invalid one."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a layer is a whole number from 1 to L, not {text!r}")
+    return int(text)
+
+
+def reward(text: str) -> float:
+    """Return a reward of the command line. Raise an error of argparse for an invalid one."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"a reward is a finite number, not {text!r}")
+    return number
+
+
+def parse_arguments(argv) -> dict:
+    """Return the options of the command line; exit with an error for an invalid one."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, commands = make_parser()
+    if not argv or argv[0] not in commands:
+        return vars(parser.parse_args(argv))  # prints the help or an error, and exits
+    # "intermixed" allows an option between RUN and PROMPT
+    options = vars(commands[argv[0]].parse_intermixed_args(argv[1:]))
+    alternative = options.pop("prompt_option", None)
+    if alternative is not None:
+        if options["prompt"] is not None:
+            commands[argv[0]].error("PROMPT is given twice")
+        options["prompt"] = alternative
+    return {"command": argv[0], **options}
+
+
+def open_subject(
+    command: str, source: str, options: dict, *, checkpoint=None, dtype=None, device, out=None
+) -> Subject:
+    """Return the Run or PretrainedModel that a command is about. Raise ValueError for neither.
+
+    `options` are those of the command. They are checked here, before a large model is read.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a directory")
+
+    if not is_language_model(source):
+        if dtype:
+            raise ValueError("--dtype is of a language model, not of a run")
+        folder = out or Path(source) / "figures" / (checkpoint or "")
+        default = "final" if command in OF_THE_FINAL_MODEL else "base"
+        return Run(source, checkpoint or default, device, folder)
+
+    try:
+        if command in OF_A_RUN or checkpoint:
             raise ValueError("all, dynamics and --checkpoint are of a run, not of a language model")
-        if args.prompt is None or (args.layer is None and args.command in ("sample", "step")):
+        if options["prompt"] is None or options.get("layer", 1) is None:
             raise ValueError("a language model needs a prompt, and --layer to sample or step")
-        subject = read_language_model(args.run, args.dtype, args.device)
-    elif path.is_dir():
-        default = "final" if args.command in ("lens", "sample") else "base"
-        subject = read_run(path, args.checkpoint or default, args.device)
-    else:
-        raise ValueError(f"{args.run} is neither a run nor a language model")
-    subject.folder = args.out or subject.folder / (args.checkpoint or "")
-    return subject
+        return PretrainedModel(source, dtype or "float32", device, out)
+    except (ValueError, OSError, ImportError) as error:
+        if Path(source).exists():
+            raise
+        # most likely the right command in the wrong directory
+        message = f"there is no directory {source} here, and as a language model"
+        raise ValueError(f"{message} it could not be read: {error}") from error
+
+
+def is_language_model(source: str) -> bool:
+    """Return whether this is a language model (True) or a run (False), by its files or its name.
+
+    Raise ValueError for neither. A name on the hub is one whose first part is no local folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if list(path.glob("*.safetensors")) or list(path.glob("*.bin")):
+            return True
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} is neither a run nor a language model: no config.json")
+        return False
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{source} is a file; a run is named by its directory, {path.parent}")
+        return True
+    on_the_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and path.suffix not in (".gguf", ".pt")
+    if not on_the_hub or path.parts[0] == "out" or Path(path.parts[0]).exists():
+        raise ValueError(f"there is no directory {source} here, neither a run nor a language model")
+    return True
 
 
 def main(argv=None) -> int:
-    """Run the command line. Returns 0, or 2 for bad input."""
-    args = parse_arguments(argv)
+    """Run the command line. Return 0, 2 after a user error, 130 after Ctrl-C."""
+    toy.open_missing_streams()
+    options = parse_arguments(argv)
+    command = options.pop("command")
+    source = options.pop("source")
+    names = ("checkpoint", "dtype", "device", "out")
+    where = {name: options.pop(name) for name in names if name in options}
     try:
-        with plt.style.context(STYLE):
-            COMMANDS[args.command][0](read_subject(args), args)
+        try:
+            subject = open_subject(command, source, options, **where)
+            COMMANDS[command](subject, **options)
+        finally:
+            flush_output()
         return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nanalyze.py: stopped", file=sys.stderr)
+        return 130
+
+
+def flush_output():
+    """Flush standard output. If this fails, discard the rest: Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 if __name__ == "__main__":

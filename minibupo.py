@@ -2,8 +2,8 @@
 
 Each layer of a language model adds to a running sum, the residual stream: H^0, H^1, ..., H^L. Any
 of them can be unembedded, softmax(H^l E_u^T), with the unembedding matrix E_u. That is a policy,
-the internal policy of layer l. BuPO trains it with GRPO for s_inter steps (phase 1, "InterGRPO"),
-then the whole model (phase 2, plain GRPO).
+the internal policy of layer l. BuPO first trains the policy of one lower layer (chosen by 2) with
+GRPO for s_inter steps (phase 1, "InterGRPO"), then the whole model (phase 2, plain GRPO).
 
     1  internal policies             Eq. 5-7         Policy, policy_logits, token_logprobs
     2  entropy, and where to start   Eq. 8, 14       entropy, target_layer
@@ -94,9 +94,8 @@ def policy_logits(model, tokens, policy=FULL, mask=None):
     layer, site = policy
 
     if policy == FULL:
-        logits = model(tokens)
-        return logits if mask is None else logits[mask]
-    if site == "resid_post":
+        h = model.final_norm(model.residual(tokens, model.n_layer))
+    elif site == "resid_post":
         h = model.residual(tokens, layer)  # H^l
     elif layer is None or not 1 <= layer <= model.n_layer:
         raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
@@ -198,7 +197,8 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
         average="token"     over all tokens of all responses: the official scripts, our default
         average="sequence"  over the tokens of a response, then over responses: Eq. 4 as printed
 
-    `normalizer` replaces the number of tokens (or responses) if the rows are part of a mini-batch.
+    `normalizer` is the number of tokens (or responses) of the whole mini-batch, if these rows are
+    only a part of it.
 
     A token is clipped if the clip takes its gradient away: advantage > 0 and ratio > 1 + clip, or
     advantage < 0 and ratio < 1 - clip. The log-ratio is kept within +-20, as in the official code,
@@ -247,8 +247,8 @@ def policy_loss(
     """(loss, clipped) of GRPO (Eq. 4) for FULL, of InterGRPO (Eq. 10) for an internal policy.
 
     Only the policy differs. Numerator *and* denominator of the ratio belong to the same policy:
-    old_logp (N, T-1) is what `policy` gave the tokens before the first update on this batch. The
-    other arguments and the result are surrogate's.
+    old_logp (N, T-1) is what `policy` gave the tokens before the first optimizer step on this
+    batch. Returns what surrogate does, which explains the options.
     """
     logp = token_logprobs(model, tokens, mask, policy, temperature)
     return surrogate(
@@ -281,12 +281,13 @@ def phases(optimizer, target: Policy, s_inter: int, steps: int, *, start=1, rese
 
     Steps up to s_inter are phase 1 and train `target`; the others train pi_theta (Eq. 11). With
     s_inter = 0 this is GRPO. In both phases the responses are sampled from pi_theta as it is now.
-    So phase 1 is off-policy: its ratio corrects for how far the internal policy has moved since the
-    batch was sampled, not for its distance from pi_theta.
+    Phase 1 therefore trains the internal policy on samples of another policy. The ratio does not
+    correct for that, because both its parts are the internal policy, after and before the optimizer
+    steps of this batch.
 
-    Immediately before step s_inter + 1 the moments of AdamW are reset (unless reset_moments is
-    False, as in the official code). `start` resumes a run. Raises ValueError for s_inter < 0 or
-    start < 1.
+    Immediately before step s_inter + 1 the state of AdamW is reset. The official code does not
+    reset it (reset_moments=False). `start` resumes a run. Raises ValueError, at its first step, for
+    s_inter < 0 or start < 1.
     """
     if s_inter < 0 or start < 1:
         raise ValueError(f"s_inter must be at least 0, start at least 1, not {s_inter}, {start}")
@@ -314,19 +315,20 @@ def update(
 ):
     """Improve a policy on one batch: one pass over it, an optimizer step for each mini-batch.
 
-    What learns (Eq. 15, 16): the gradient of pi_Layer^l reaches E_u, layers 1..l and the embedding.
-    The layers above and the final norm get none. Their .grad stays None, so neither weight decay
-    nor momentum moves them in phase 1. Parameters that the optimizer does not hold are left alone,
-    .grad included. The model is put into eval(), because dropout would make the ratios random.
+    What learns (Eq. 15, 16): FULL trains every weight. pi_Layer^l and pi_FFN^l train the embedding,
+    layers 1..l and E_u; pi_ATTN^l the same without the FFN of layer l. The layers above and the
+    final norm get no gradient. Their .grad stays None, so neither weight decay nor momentum moves
+    them in phase 1. Parameters that the optimizer does not hold are left alone, .grad included.
+    The model is put into eval(), because dropout would make the ratios random.
 
     `temperature` is that of the sampling, `advantage` is group_advantages' kind, `average` and
     `clip` are surrogate's. `chunk` rows go through the model at a time; the gradient does not
-    depend on it. Mini-batches take the questions in order, so sample them in random order.
+    depend on it. Mini-batches take the questions in order, so these should be in random order.
 
-    Returns {"clip_fraction": clipped tokens / response tokens, "grad_norm": before clipping, mean
-    over optimizer steps, "optimizer_steps"}. Raises ValueError for rollouts or options that do not
-    fit, before anything changes, and FloatingPointError before a step whose loss or gradient is not
-    finite.
+    Returns {"clip_fraction": clipped tokens / all response tokens, "grad_norm": before clipping,
+    mean over optimizer steps, "optimizer_steps"}. Raises ValueError for rollouts or options that do
+    not fit, before any weight changes, and FloatingPointError before an optimizer step whose loss
+    or gradient is not finite.
     """
     require_rollouts(rollouts)
     require_choice("average", average, AVERAGES)
@@ -334,7 +336,7 @@ def update(
     Q, G = rollouts.rewards.shape
     if not 1 <= minibatches <= Q:
         raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
-    parameters = learning_parameters(model, optimizer)
+    parameters = parameters_to_train(model, optimizer)
     device = rollouts.tokens.device
     advantages = group_advantages(rollouts.rewards, advantage).flatten().to(device)  # (N,)
     lengths = rollouts.end - rollouts.prompt_len  # (N,) tokens of each response
@@ -350,7 +352,7 @@ def update(
         batches.append((list(chunks_of(rollouts, rows, chunk)), normalizer))
 
     # 2. The old log-probabilities, before any weight moves. They are computed on the same chunks as
-    #    the gradient, so that the first ratios are exactly 1.
+    #    the gradient, so that all ratios of the first mini-batch are exactly 1.
     old_logp = []
     with torch.no_grad():
         for chunks, _ in batches:
@@ -415,12 +417,14 @@ def chunks_of(rollouts: Rollouts, rows, size: int):
         )
 
 
-def learning_parameters(model, optimizer) -> list:
-    """The parameters that the optimizer holds and that learn. Raises ValueError if the model has
-    none of them: the optimizer was made for another model, or for a copy."""
+def parameters_to_train(model, optimizer) -> list:
+    """The parameters that the optimizer holds and that are not frozen.
+
+    Raises ValueError if none of them is the model's: the optimizer belongs to another model, or to
+    a copy."""
     held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if {id(p) for p in held}.isdisjoint(id(p) for p in model.parameters()):
-        raise ValueError("the optimizer holds no parameter of this model that learns")
+        raise ValueError("the optimizer holds no parameter of this model, or only frozen ones")
     return held
 
 
@@ -438,12 +442,14 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
         dH_attn dH_mlp     entropy change of Eq. 13, 14: attn - attn_in and mlp - mlp_in. The paper
                            reads > 0 as exploration, about 0 as integration, < 0 as convergence
         dH_layer           entropy change of Eq. 9: of H^l minus that of H^{l-1}, both raw
-        layer_normed+      of the logit lens, softmax(final_norm(H^l) E_u^T); the last is pi_theta's
-        layer_matched+     of H^l scaled to the norm of H^L, as if the stream did not grow
+        layer_normed+      entropy of the logit lens, softmax(final_norm(H^l) E_u^T); the last row
+                           is that of pi_theta
+        layer_matched+     entropy of the policy of H^l scaled to the norm of H^L, as if the stream
+                           did not grow
         cos_layer+         cos(H^l, H^L), feature refinement (Fig. 5)
-        cos_attn cos_mlp   of a write with the stream that it is added to (Appendix B.2): about 0
-                           writes new features, < 0 suppresses, > 0 amplifies
-        rms_layer+ rms_attn rms_mlp    root mean square over d
+        cos_attn cos_mlp   cosine of a write with the stream that it is added to (Appendix B.2):
+                           about 0 writes new features, < 0 suppresses, > 0 amplifies
+        rms_layer+ rms_attn rms_mlp    root mean square of H^l, A^l, F^l over d
 
     `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so the memory
     for logits does not grow with layers or positions. Raises ValueError for a mask that is empty or
@@ -542,7 +548,7 @@ def require_mask(mask, shape):
 
 
 def require_rollouts(rollouts: Rollouts):
-    """Raise ValueError unless all shapes fit, and each row has a prompt, then a response."""
+    """Raise ValueError unless all shapes fit, and each row has a prompt, then its response."""
     tokens, prompt_len, end, rewards = rollouts
     if tokens.dim() != 2:
         raise ValueError(f"tokens must have the shape (N, T), not {tuple(tokens.shape)}")

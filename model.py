@@ -69,7 +69,7 @@ class GPTConfig:
 
 
 class LayerTrace(NamedTuple):
-    """Everything that layer l reads and writes, each (B, T, d); Eq. 1 says how it is related.
+    """Everything that layer l reads and writes, each (B, T, d); Eq. 1 says how they are related.
 
     attn_in and mlp_in are what the modules really read, the *normed* stream. (TransformerLens uses
     these two names for the stream before the norm.)
@@ -192,7 +192,8 @@ class LanguageModel(nn.Module):
         trace(tokens)              yields the LayerTrace of layers 1..L, lazily: a layer that is not
                                    asked for is not computed
         truncated(layer)           the internal policy of a layer as a model of its own
-        _empty_cache(B, T)         room for the keys and values of B rows of T tokens
+        _empty_cache(B, T)         room for the keys and values of B rows of T tokens. It is one
+                                   object; its index_select(2, rows) keeps only these rows
         _next_logits(tokens, cache, start)    logits (B, V) after the last of tokens (B, T), which
                                    stand at positions start..start+T-1
     """

@@ -23,10 +23,14 @@ as if it had never stopped (bit for bit on a CPU), and runs with one seed meet t
 
 import argparse
 import hashlib
+import io
+import itertools
 import json
 import math
 import operator
+import os
 import random
+import shlex
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -46,17 +50,46 @@ from model import GPT, GPTConfig
 # offers the same names. Problems have a size n; a prompt is a problem followed by "=".
 #
 #     CHARACTERS                          every character of problems and responses
+#     single_results()                    strings by which a checkpoint knows the task it is for
 #     training_problem(rng, n)            a random problem of size n that may be trained on
 #     draw_questions(rng, count, n)       the problems of one step of RL, in random order
 #     evaluation_problems(rng, n, count)  different problems of size n that are never trained on
+#     check_supply(n, count)              raises ValueError if there are fewer of these
 #     careful(problem)                    its full solution, a list of lines from problem to answer
 #     sloppy(problem, rng, skip)          an abbreviated solution, from which the base model learns
 #     longest_response(n)                 the number of tokens that a full solution takes
 #     is_correct(problem, response)       the reward
 #     has_correct_lines(problem, response)    logged, but not rewarded
 
+DIGITS = "0123456789"
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-CHARACTERS = "0123456789" + "".join(OPERATORS) + "="
+CHARACTERS = DIGITS + "".join(OPERATORS) + "="
+
+
+def operate(a: str, op: str, b: str) -> str:
+    """Return the result of one operation, a digit. Raise ValueError if it is not an integer."""
+    try:
+        result = str(OPERATORS[op](int(a), int(b)) % 10)
+    except Exception as error:  # OPERATORS may be anybody's functions
+        raise ValueError(f"OPERATORS give no result for {a}{op}{b}: {error!r}") from error
+    if len(result) != 1:
+        raise ValueError(f"OPERATORS must give integers, not {result} for {a}{op}{b}")
+    return result
+
+
+def single_results() -> list[str]:
+    """Return all single operations with their results: "0+0=0", "0+1=1", ...
+
+    Raise ValueError for OPERATORS that the task cannot use."""
+    for op in OPERATORS:
+        if len(op) != 1 or op in DIGITS + "=":
+            raise ValueError(f"OPERATORS must be single characters, not digits or =, not {op!r}")
+    if not OPERATORS:
+        raise ValueError("OPERATORS must have at least one operator")
+    return [
+        f"{a}{op}{b}={operate(a, op, b)}"
+        for op, a, b in itertools.product(OPERATORS, DIGITS, DIGITS)
+    ]
 
 
 def careful(problem: str) -> list[str]:
@@ -64,8 +97,7 @@ def careful(problem: str) -> list[str]:
     lines = [problem]
     while len(lines[-1]) > 1:
         a, op, b, *rest = lines[-1]
-        result = OPERATORS[op](int(a), int(b)) % 10
-        lines.append(str(result) + "".join(rest))
+        lines.append(operate(a, op, b) + "".join(rest))
     return lines
 
 
@@ -100,7 +132,7 @@ def held_out(problem: str) -> bool:
 
 def random_problem(rng, n: int) -> str:
     """Return n digits joined by n - 1 operators, uniformly distributed."""
-    first, *digits = rng.choices("0123456789", k=n)
+    first, *digits = rng.choices(DIGITS, k=n)
     return first + "".join(rng.choice(list(OPERATORS)) + digit for digit in digits)
 
 
@@ -120,15 +152,26 @@ def draw_questions(rng, count: int, n: int) -> list[str]:
 
 
 def evaluation_problems(rng, n: int, count: int) -> list[str]:
-    """Return `count` different held-out problems of n digits; at most 1000, of 3 digits or more."""
-    if n < 3 or count > 1000:
-        raise ValueError(f"problems must be at most 1000, of 3 digits or more, not {count} of {n}")
+    """Return `count` different held-out problems of n digits. Raise ValueError for too many."""
+    check_supply(n, count)
     found = {}  # a set that keeps the order
     while len(found) < count:
         problem = random_problem(rng, n)
         if held_out(problem):
             found[problem] = True
     return list(found)
+
+
+def check_supply(n: int, count: int):
+    """Raise ValueError unless there are `count` held-out problems of n digits; 1000 are enough."""
+    if n < 3 or count > 1000:
+        raise ValueError(f"problems must be at most 1000, of 3 digits or more, not {count} of {n}")
+    if 10**n * len(OPERATORS) ** (n - 1) <= 16_000:  # with more, 1 in 8 is always enough
+        every = itertools.product(DIGITS, *[OPERATORS, DIGITS] * (n - 1))
+        supply = sum(held_out("".join(parts)) for parts in every)
+        if count > supply:
+            wanted = f"not {count}: choose a larger n"
+            raise ValueError(f"OPERATORS give only {supply} held-out problems of n = {n}, {wanted}")
 
 
 # ---- tokens: one per character -----------------------------------------------------------------
@@ -210,7 +253,7 @@ class Settings:
     questions: int = option(64, "questions in a step of RL", 4)
     group: int = option(8, "responses to each question", 2)
     lr: float = option(5e-4, "learning rate for 30 steps; then it falls as 1 / step", 1e-12)
-    eval_problems: int = option(256, "evaluation problems of each length", 1, 1000)
+    eval_problems: int = option(256, "evaluation problems of each length", 16, 1000)
 
     def __post_init__(self):
         check_settings(self)
@@ -232,6 +275,7 @@ class Settings:
 
 SMOKE = dict(n=3, n_layer=4, d_model=32, questions=32, steps=20, s_inter=3, eval_problems=64)
 KNOWN = 0.95  # pretraining stops at this accuracy on single operations
+KNOWN_FROM = 128  # problems that this accuracy is measured on
 SAMPLES = 8  # responses to each problem of an evaluation
 
 
@@ -429,7 +473,8 @@ def run(s: Settings, resume: bool):
     write_text(out / "config.json", json.dumps(asdict(s), indent=2))
     print(f"run {out} on {device}, {s.threads} threads", flush=True)
     train(job or new_job(s, out, device))
-    print(f"everything is in {out}; to see the internal policies: python analyze.py all {out}")
+    look = shlex.join(["python", "analyze.py", "all", str(out)])
+    print(f"everything is in {out}; to see the internal policies: {look}")
 
 
 def new_job(s: Settings, out: Path, device) -> Job:
@@ -441,7 +486,7 @@ def new_job(s: Settings, out: Path, device) -> Job:
     probe = own_solutions(model, s)
     inside = means_inside(model, *probe)
     add_record(records, "internal", step=0, **inside)
-    target = pick_target(s, inside["dH_mlp"], out / "base.pt")
+    target = pick_target(s, inside["dH_mlp"], str(out / "base.pt"))
     print_internal_entropies(inside, target, s)
 
     add_evaluation(records, s, model, step=0)
@@ -460,7 +505,7 @@ def base_model(s: Settings, device, records: list) -> GPT:
     return model
 
 
-def pick_target(s: Settings, dH_mlp: list, base: Path) -> Policy:
+def pick_target(s: Settings, dH_mlp: list, base: str) -> Policy:
     """Return the policy that phase 1 trains; without a phase 1, the one that the log follows.
 
     Raise ValueError, with a remedy, if phase 1 needs the paper's rule and it picks nothing.
@@ -472,8 +517,8 @@ def pick_target(s: Settings, dH_mlp: list, base: Path) -> Policy:
     except ValueError as error:
         if s.s_inter == 0:
             return Policy(s.n_layer - 1)
-        remedy = f"python train_toy.py --base {base} --layer N"
-        raise ValueError(f"{error}; choose one: {remedy}") from None
+        remedy = command(s, base=base, layer=s.n_layer // 2, out_dir=None)
+        raise ValueError(f"{error}; choose a layer, for example: {remedy}") from None
 
 
 def print_internal_entropies(inside: dict, target: Policy, s: Settings):
@@ -569,16 +614,14 @@ def add_evaluation(records: list, s: Settings, model, step: int):
     names = (f"avg@{SAMPLES}", f"avg@{SAMPLES}_se", "correct_lines", f"pass@{SAMPLES}", "length")
     tqdm.write("digits" + "".join(f"{name:>14}" for name in names))
     for n, tier in results.items():
-        # a single problem has no standard error
-        cells = ("-" if x is None else f"{x:.3f}" for x in map(tier.get, names))
-        tqdm.write(f"{n:>6}" + "".join(f"{cell:>14}" for cell in cells))
+        tqdm.write(f"{n:>6}" + "".join(f"{tier[name]:14.3f}" for name in names))
     for problem, response in examples:
         verdict = "correct" if is_correct(problem, response) else "incorrect"
         tqdm.write(f"{problem}= {response}   ({verdict})")
 
 
 @torch.no_grad()
-def single_operations(model, s: Settings, problems=128) -> float:
+def single_operations(model, s: Settings, problems=KNOWN_FROM) -> float:
     """Return the share of single operations whose result is the model's likeliest token.
 
     It is measured at the first token of each line of careful solutions of held-out problems. A
@@ -625,9 +668,11 @@ def check_settings(s: Settings):
         high = f.metadata["high"]
         if low is None or value is None:
             continue
-        if not low <= value <= high or value == math.inf:
-            allowed = f"at least {low}, and finite" if high == math.inf else f"in {low}..{high}"
+        if not low <= value <= high:
+            allowed = f"at least {low}" if high == math.inf else f"in {low}..{high}"
             raise ValueError(f"{f.name} must be {allowed}, not {value}")
+        if value == math.inf:
+            raise ValueError(f"{f.name} must be finite, not {value}")
     if s.s_inter > s.steps:
         raise ValueError(f"s_inter = {s.s_inter} is more than steps = {s.steps}")
     if s.algo == "grpo" and s.s_inter > 0:
@@ -638,7 +683,11 @@ def check_settings(s: Settings):
         raise ValueError("site attn_out needs a layer: the paper's rule looks only at FFNs")
     if s.layer is not None and s.layer >= s.n_layer:
         raise ValueError(f"layer must be in 1..{s.n_layer - 1}, below the top, not {s.layer}")
-    s.model_config()  # raises for sizes that do not fit together
+    if s.d_model % 4:
+        raise ValueError(f"d_model must be a multiple of 4: 2 heads of even width; not {s.d_model}")
+    single_results()  # raises for OPERATORS that the task cannot use
+    for n in s.tiers:
+        check_supply(n, max(s.eval_problems, KNOWN_FROM) if n == s.n else s.eval_problems)
 
 
 def parse_options(argv) -> tuple[Settings, bool]:
@@ -671,7 +720,8 @@ def settled_by_files(given: dict, resume: bool) -> dict:
         if "out_dir" not in given:
             raise ValueError("--resume needs --out_dir, the directory of the run to continue")
         settled = asdict(read_settings(Path(given["out_dir"])))
-        settled |= {name: given[name] for name in ("out_dir", "steps") if name in given}
+        free = ("out_dir", "steps", "device")
+        settled |= {name: given[name] for name in free if name in given}
     elif "base" in given:
         cfg = load_model(given["base"]).cfg
         settled = {"n_layer": cfg.n_layer, "d_model": cfg.d_model}
@@ -683,7 +733,23 @@ def settled_by_files(given: dict, resume: bool) -> dict:
 
 def layer_number(text: str) -> int | None:
     """Return a layer of the command line; "auto", the paper's rule, is None."""
-    return None if text == "auto" else int(text)
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {text!r}") from None
+
+
+def command(s: Settings, **changes) -> str:
+    """Return the command line of a run with these settings and changes, ready to be pasted."""
+    settings = {f.name: f.default for f in fields(Settings)}
+    defaults = settings | SMOKE if s.preset == "smoke" else settings
+    words = ["python", "train_toy.py"]
+    for name, value in (asdict(s) | changes).items():
+        if value != defaults[name]:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def pick_device(name: str) -> torch.device:
@@ -691,7 +757,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
-        raise ValueError(f"device {name} is not available here")
+        raise ValueError(f"device {name} is not available here; --device cpu is")
     return torch.device(name)
 
 
@@ -711,11 +777,26 @@ def load_checkpoint(path, device="cpu") -> tuple[GPT, dict]:
     """Return the model in a checkpoint, and everything in the file. Raise ValueError for damage."""
     with reading(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != 2:
+            raise ValueError(f"it has format {content['format']}, and this version reads format 2")
+        check_same_task(content)
         model = GPT(GPTConfig(**content["model_config"]))
         model.load_state_dict(content["model"])
-        if content["format"] != 2 or model.vocab_size != VOCAB_SIZE:
-            raise ValueError("it is of another version of this file, or has other OPERATORS")
+        if model.vocab_size != VOCAB_SIZE:
+            raise ValueError(f"it has {model.vocab_size} tokens, and OPERATORS give {VOCAB_SIZE}")
     return model.to(device), content
+
+
+def check_same_task(content: dict):
+    """Raise ValueError unless a checkpoint is of a model that was trained with these OPERATORS."""
+    # the first files of format 2 do not say what they were trained with
+    characters = content.get("characters", "0123456789+-*=")
+    if characters != CHARACTERS:
+        raise ValueError(f"its characters are {characters}, those of OPERATORS are {CHARACTERS}")
+    here = single_results()
+    for then, now in zip(content.get("single_results", here), here, strict=True):
+        if then != now:
+            raise ValueError(f"it was trained with {then}, but now OPERATORS give {now}")
 
 
 def load_model(path, device="cpu") -> GPT:
@@ -727,8 +808,18 @@ def save_checkpoint(path: Path, model: GPT, **more):
     """Write a model and `more`. Raise FloatingPointError, writing nothing, for NaN or infinity."""
     if not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
         raise FloatingPointError("the weights are no longer finite")
-    content = {"format": 2, "model_config": asdict(model.cfg), "model": model.state_dict()}
-    write_atomically(path, lambda temporary: torch.save(content | more, temporary))
+    weights = model.state_dict()
+    content = {
+        "format": 2,
+        "characters": CHARACTERS,
+        "single_results": single_results(),
+        "model_config": asdict(model.cfg),
+        # torch.compile wraps modules and adds this to their names
+        "model": {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()},
+    }
+    buffer = io.BytesIO()  # with a path torch.save would turn a full disk into a RuntimeError
+    torch.save(content | more, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def save_job(job: Job):
@@ -771,20 +862,32 @@ def write_text(path: Path, text: str):
 
 def write_atomically(path: Path, write):
     """Call write(temporary path), then rename: at no moment is `path` half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a second process has its own
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # if all went well, it has been renamed
 
 
 def new_directory(s: Settings) -> Path:
     """Make the run's directory: out_dir, if it is empty, or the first free out/ALGO-seedSEED-N."""
-    name = f"out/{s.algo}-seed{s.seed}"
-    names = [name, *(f"{name}-{i}" for i in range(2, 1000))]
-    out = Path(s.out_dir or next(name for name in names if not Path(name).exists()))
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume the run in it")
-    return out
+    if s.out_dir:
+        out = Path(s.out_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume its run")
+        return out
+    Path("out").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        out = Path("out", f"{s.algo}-seed{s.seed}" + (f"-{number}" if number > 1 else ""))
+        try:
+            out.mkdir()  # of runs that start at the same time, only one succeeds
+            return out
+        except FileExistsError:
+            continue
 
 
 def read_settings(run: Path) -> Settings:
@@ -813,6 +916,7 @@ def add_record(records: list, kind: str, **values):
 
 def main(argv=None) -> int:
     """Run the command line. Return 0, 1 for NaN, 2 for invalid input, 130 for Ctrl-C."""
+    open_missing_streams()
     s = None
     try:
         s, resume = parse_options(argv)
@@ -822,9 +926,20 @@ def main(argv=None) -> int:
         print(f"train_toy.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        command = f"; python train_toy.py --resume --out_dir {s.out_dir}" if s and s.out_dir else ""
-        print(f"\nstopped{command}", file=sys.stderr)
+        message = "\nstopped"
+        if s and s.out_dir and (Path(s.out_dir) / "config.json").exists():
+            words = ["python", "train_toy.py", "--resume", "--out_dir", s.out_dir]
+            message += f"; to continue: {shlex.join(words)}"
+        print(message, file=sys.stderr)
         return 130
+
+
+def open_missing_streams():
+    """Send what is printed to nowhere if the program was started without stdout or stderr."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Runs of train_toy.py side by side: seeds of one setting are put together.
+"""Runs of train_toy.py side by side. Seeds of one setting are put together.
 
-    python experiments/compare.py RUN RUN ...              all of the below, into out/compare
-    python experiments/compare.py --make table RUN RUN ... only that: table training passk
+    python -m experiments.compare RUN RUN ...              everything below, into out/compare
+    python -m experiments.compare --make table RUN RUN ... only one of: table training passk
 
-    table       results as Markdown, the mean over seeds and its 95 % t-interval: table.md
-    training    dynamics.png (Fig. 4, 7) and refinement.png (Fig. 5): mean, band of one standard
-                deviation over seeds
+    table       results as Markdown, the mean over seeds and its 95% t-interval: table.md
+    training    dynamics.png (Fig. 4, 7) and refinement.png (Fig. 5): the mean over seeds, with a
+                band of one standard deviation
     passk       Pass@K for K = 1..256 from samples (Fig. 6): passk.json, passk.png. The band is one
                 standard error over problems
 
@@ -19,24 +19,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
+from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import analyze  # noqa: E402
-import minibupo  # noqa: E402
-import train_toy as toy  # noqa: E402
-from analyze import Subject, plt  # noqa: E402
+import analyze
+import minibupo
+import train_toy as toy
+from analyze import Run
+from experiments.common import markdown_table, with_interval
 
 # ---- seeds of one setting ----------------------------------------------------------------------
 
 NO_SETTING = {"seed", "out_dir", "base", "preset", "device", "threads", "eval_problems"}
 
 
-def group_runs(runs: list[Subject]) -> dict[str, list[Subject]]:
-    """{label: runs of one setting}. The label is the algorithm and the options in which settings
-    differ; seed, base and machine are no part of a setting."""
+def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
+    """Return {label: runs of one setting}.
+
+    The label is the algorithm and the options in which settings differ. Seed, base model and
+    machine are not part of a setting.
+    """
 
     def options(run):
         phase1 = set() if run.settings.s_inter else {"layer", "site", "s_inter"}
@@ -53,17 +55,11 @@ def group_runs(runs: list[Subject]) -> dict[str, list[Subject]]:
     return groups
 
 
-def mean_interval(values) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % t-interval (None for a single value)."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return mean, None
-    return mean, float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-
-
 def over_seeds(curves: list[dict]):
-    """Curves {x: y} of several seeds -> sorted x, mean and standard deviation (0 for one seed) of
-    those that reach each x."""
+    """Return sorted x, and the mean and standard deviation of the curves {x: y} that reach each x.
+
+    The standard deviation of a single curve is 0.
+    """
     xs = sorted(set().union(*curves))
     columns = [[curve[x] for curve in curves if x in curve] for x in xs]
     std = [np.std(column, ddof=1) if len(column) > 1 else 0.0 for column in columns]
@@ -72,47 +68,48 @@ def over_seeds(curves: list[dict]):
 
 # ---- table -------------------------------------------------------------------------------------
 
-COLUMNS = {"Avg": f"avg@{toy.SAMPLES}", "right steps": "right_steps", "Pass": f"pass@{toy.SAMPLES}"}
+COLUMNS = {
+    "Avg": f"avg@{toy.SAMPLES}",
+    "correct lines": "correct_lines",
+    "Pass": f"pass@{toy.SAMPLES}",
+}
 
 
 def result_table(groups: dict) -> str:
-    """The last evaluation of each run as a Markdown table, in %: a row for the bases and one for
-    each setting. A base that several runs share counts once."""
+    """Return the last evaluation of each run as a Markdown table, in %.
+
+    There is one row for the base models and one for each setting. A base model that several runs
+    share counts once.
+    """
     evals = {label: [evaluations(run) for run in runs] for label, runs in groups.items()}
-    bases = {json.dumps(of[0]): of[0] for runs in evals.values() for of in runs}
-    rows = {"before RL": list(bases.values())}
-    rows |= {label: [of[-1] for of in runs] for label, runs in evals.items()}
-    tiers = sorted({int(n) for of in rows.values() for record in of for n in record["tiers"]})
-    heads = [f"n = {n} {name}" for n in tiers for name in COLUMNS]
-    lines = [f"| setting | runs | steps | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
-    for label, of in rows.items():
-        steps = sorted({record["step"] for record in of})
-        cells = [label, str(len(of)), f"{steps[0]}..{steps[-1]}" if steps[1:] else f"{steps[0]}"]
+    bases = {json.dumps(records[0]): records[0] for runs in evals.values() for records in runs}
+    records_of = {"before RL": list(bases.values())}
+    records_of |= {label: [records[-1] for records in runs] for label, runs in evals.items()}
+    tiers = sorted({int(n) for found in records_of.values() for r in found for n in r["tiers"]})
+    rows = []
+    for label, records in records_of.items():
+        steps = sorted({record["step"] for record in records})
+        first_to_last = f"{steps[0]}..{steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
+        row = [label, len(records), first_to_last]
         for n in map(str, tiers):
             for key in COLUMNS.values():
-                cells.append(cell([100 * r["tiers"][n][key] for r in of if n in r["tiers"]]))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+                shares = [100 * r["tiers"][n][key] for r in records if n in r["tiers"]]
+                row.append(with_interval(shares, "{:.1f}"))
+        rows.append(row)
+    heads = [f"n = {n} {name}" for n in tiers for name in COLUMNS]
+    return markdown_table(["setting", "runs", "steps", *heads], rows) + "\n"
 
 
-def cell(values: list[float]) -> str:
-    """Mean and interval as text."""
-    if not values:
-        return ""
-    mean, half = mean_interval(values)
-    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
-
-
-def evaluations(run: Subject) -> list[dict]:
-    """The eval records of a run, numbers checked. Raises ValueError if it has none."""
-    records = toy.read_metrics(run.run, "eval")
-    with toy.reading(run.run / "metrics.jsonl"):
+def evaluations(run: Run) -> list[dict]:
+    """Return the eval records of a run. Raises ValueError for a damaged record."""
+    records = toy.read_metrics(run.path, "eval")
+    with toy.reading(run.path / "metrics.jsonl"):
         return [
             {
                 "step": int(record["step"]),
                 "tiers": {
-                    str(int(n)): {key: float(of[key]) for key in COLUMNS.values()}
-                    for n, of in record["tiers"].items()
+                    str(int(n)): {key: float(tier[key]) for key in COLUMNS.values()}
+                    for n, tier in record["tiers"].items()
                 },
             }
             for record in records
@@ -122,17 +119,22 @@ def evaluations(run: Subject) -> list[dict]:
 # ---- training (Fig. 4, 5, 7) -------------------------------------------------------------------
 
 
+@analyze.styled
 def draw_training(groups: dict) -> dict:
-    """{name: figure} of dynamics and refinement: each setting's mean over seeds with a band, and
-    its change from phase 1 to phase 2 as a dotted line."""
+    """Return {name: figure} of dynamics and refinement.
+
+    Each setting has its mean over seeds with a band. A dotted line shows where its phase 1 ends.
+    """
     read = {label: [analyze.read_training(run) for run in runs] for label, runs in groups.items()}
     figures = {}
     for name, panels in next(iter(read.values()))[0].items():
-        figure, axes = plt.subplots(1, len(panels), figsize=(analyze.WIDTH, 2.3))
+        figure = Figure(figsize=(analyze.WIDTH, 2.3))
+        axes = figure.subplots(1, len(panels))
         for ax, title in zip(axes, panels):
             for i, (label, trainings) in enumerate(read.items()):
                 x, mean, std = over_seeds([training[name][title] for training in trainings])
-                ax.plot(x, mean, color=f"C{i}", label=label)
+                marker = "o" if len(x) <= 20 else ""  # shows where a curve was measured
+                ax.plot(x, mean, color=f"C{i}", marker=marker, ms=3, label=label)
                 ax.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
                 s_inter = groups[label][0].settings.s_inter
                 if s_inter:
@@ -149,54 +151,60 @@ def draw_training(groups: dict) -> dict:
 
 
 def sample_counts(model, s: toy.Settings, n: int, problems: int, samples: int) -> np.ndarray:
-    """How many of `samples` responses are right, for each of `problems` held-out problems of n
-    digits."""
-    drawn = toy.evaluation_problems(toy.stream(s.seed, f"evaluation, n {n}"), n, problems)
-    generator = toy.torch_stream(model.device, s.seed, f"passk responses, n {n}")
-    texts = toy.attempts(model, s, drawn, samples, generator)
-    return np.array([sum(toy.is_right(p, text) for text in of) for p, of in zip(drawn, texts)])
+    """Return how many of `samples` responses are correct, for each of the held-out problems."""
+    drawn = toy.evaluation_problems(toy.rng_for(s.seed, f"evaluation, n {n}"), n, problems)
+    generator = toy.torch_rng_for(model.device, s.seed, f"passk responses, n {n}")
+    texts = toy.sample_texts(model, s, drawn, samples, generator)
+    return np.array(
+        [sum(toy.is_correct(p, text) for text in group) for p, group in zip(drawn, texts)]
+    )
 
 
 def pass_curves(groups: dict, problems: int, samples: int) -> dict:
-    """{"k": [1, 2, .., 256], "curves": {label: {n: {"pass": .., "se": ..}}}}, pooled over the runs
-    of a setting; "base" pools the bases of all runs."""
+    """Return {"k": [1, 2, .., 256], "curves": {label: {n: {"pass": .., "se": ..}}}}.
+
+    Problems are pooled over the runs of a setting; "base" pools the base models of all runs.
+    """
     counts, seen = {}, set()
     for label, runs in groups.items():
         for run in runs:
+            checkpoints = {label: "final"}
             base = json.dumps(evaluations(run)[0])  # runs of several settings may share one
-            shared = base in seen
-            seen.add(base)
-            for key, name in ((label, "final"), *(() if shared else (("base", "base"),))):
+            if base not in seen:
+                checkpoints["base"] = "base"
+                seen.add(base)
+            for key, name in checkpoints.items():
                 model = run.load(name)
                 for n in run.settings.tiers:
-                    of = sample_counts(model, run.settings, n, problems, samples)
-                    counts.setdefault(key, {}).setdefault(n, []).extend(of)
+                    found = sample_counts(model, run.settings, n, problems, samples)
+                    counts.setdefault(key, {}).setdefault(n, []).extend(found)
     ks = [2**i for i in range(9) if 2**i <= samples]
     curves = {}
     for label, tiers in sorted(counts.items(), key=lambda item: item[0] != "base"):
         curves[label] = {}
-        for n, of in tiers.items():
-            values = np.array([minibupo.pass_at_k(samples, of, k) for k in ks])  # (ks, problems)
-            se = values.std(1, ddof=1) / len(of) ** 0.5 if len(of) > 1 else 0 * values[:, 0]
+        for n, correct in tiers.items():
+            # (ks, problems)
+            values = np.array([minibupo.pass_at_k(samples, correct, k) for k in ks])
+            many = len(correct) > 1
+            se = values.std(1, ddof=1) / len(correct) ** 0.5 if many else 0 * values[:, 0]
             curves[label][n] = {"pass": values.mean(1).tolist(), "se": se.tolist()}
     return {"k": ks, "problems": problems, "samples": samples, "curves": curves}
 
 
-def draw_passk(found: dict):
-    """Pass@K against K, a panel for each length of problem; the base dashed."""
+@analyze.styled
+def draw_passk(found: dict) -> Figure:
+    """Return a figure of Pass@K against K: a panel for each length of problem, the base dashed."""
     curves, ks = found["curves"], found["k"]
-    tiers = sorted({n for of in curves.values() for n in of})
-    size = (analyze.WIDTH, 2.3)
-    figure, axes = plt.subplots(1, len(tiers), figsize=size, sharey=True, squeeze=False)
+    tiers = sorted({n for by_tier in curves.values() for n in by_tier})
+    figure = Figure(figsize=(analyze.WIDTH, 2.3))
+    axes = figure.subplots(1, len(tiers), sharey=True, squeeze=False)
     for ax, n in zip(axes[0], tiers):
-        for i, (label, of) in enumerate(curves.items()):
-            if n in of:
-                mean, se = (100 * np.array(of[n][key]) for key in ("pass", "se"))
-                style = (
-                    dict(color=analyze.GREY, ls="--")
-                    if label == "base"
-                    else dict(color=f"C{i - 1}")
-                )
+        for i, (label, by_tier) in enumerate(curves.items()):
+            if n in by_tier:
+                mean, se = (100 * np.array(by_tier[n][key]) for key in ("pass", "se"))
+                style = dict(color=f"C{i - 1}")
+                if label == "base":
+                    style = dict(color=analyze.GREY, ls="--")
                 ax.plot(ks, mean, **style, label=label)
                 ax.fill_between(ks, mean - se, mean + se, color=style["color"], alpha=0.2, lw=0)
         ax.set_xscale("log", base=2)
@@ -211,11 +219,11 @@ def draw_passk(found: dict):
 
 
 def compare(args):
-    """Make what the command line asks for."""
-    runs = [analyze.read_run(path, device=args.device) for path in args.runs]
+    """Make what the command line asks for. Raises ValueError for a run that is not finished."""
+    runs = [Run(path, device=args.device) for path in args.runs]
     for run in runs:
-        if len(toy.read_metrics(run.run, "eval")) < 2:
-            raise ValueError(f"{run.run} has no evaluation after RL: it cannot be compared")
+        if len(toy.read_metrics(run.path, "eval")) < 2:
+            raise ValueError(f"{run.path} has no evaluation after RL: it cannot be compared")
     groups = group_runs(runs)
     if "table" in args.make:
         table = result_table(groups)
@@ -231,13 +239,13 @@ def compare(args):
 
 
 def main(argv=None) -> int:
-    """Run the command line. Returns 0, or 2 for bad input."""
+    """Run the command line. Return 0, or 2 for bad input."""
     style = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser("compare.py", **style, allow_abbrev=False)
+    parser = argparse.ArgumentParser("compare", **style, allow_abbrev=False)
     things = ("table", "training", "passk")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path)
     parser.add_argument("--make", action="append", choices=things, help="default: all three")
-    parser.add_argument("--problems", type=int, default=16, help="held-out problems a length")
+    parser.add_argument("--problems", type=int, default=16, help="held-out problems of each length")
     parser.add_argument("--samples", type=int, default=256, help="responses to each of them")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -246,11 +254,11 @@ def main(argv=None) -> int:
     try:
         if args.samples < 1 or args.problems < 1:
             raise ValueError("--samples and --problems must be at least 1")
-        with plt.style.context(analyze.STYLE), torch.no_grad():
+        with torch.no_grad():
             compare(args)
         return 0
     except (ValueError, OSError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
+        print(f"compare: {error}", file=sys.stderr)
         return 2
 
 

@@ -1,12 +1,13 @@
-"""README's figures.
+"""The figures of README and docs.
 
-    python experiments/figures.py seeds     # after seeds.py: entropy flow, lens, dynamics
-    python experiments/figures.py study     # after study.py, mechanism.py, lm_study.py: effects
+    python -m experiments.figures seeds     # of the runs of experiments.seeds: README's pictures
+    python -m experiments.figures study     # from the committed results: effects, training
 
-Entropy flow and lens are of seed 0, the dynamics of all five seeds. Needs the extra `bench`. They
-are written to experiments/figures.
+Entropy flow and lens are of seed 0, the dynamics of all five seeds. The figures are written to
+experiments/figures. Needs the extra `bench`.
 """
 
+import argparse
 import shutil
 import sys
 import tempfile
@@ -15,20 +16,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import analyze
+from experiments import common, compare, mechanism, study
 
-import compare  # noqa: E402
-
-import analyze  # noqa: E402
-from experiments import mechanism, study  # noqa: E402
-from experiments.seeds import less_control, read_lines  # noqa: E402
-
-FIGURES = ROOT / "experiments" / "figures"
-PAIRS = ROOT / "experiments" / "results" / "lm_pairs.jsonl"
+RUNS = [str(common.ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
 LANGUAGE_MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 EVALUATED = {"smollm2": range(0, 21, 5), "qwen": (0, 4, 8, 12, 16, 18)}  # optimizer steps
-RUNS = [str(ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
 ROWS = {  # of the forest plot, from top to bottom: {what a colour means: {arm: its row}}
     "phase 1": {
         "BuPO, rule": "BuPO at the rule's layer",
@@ -58,14 +51,17 @@ ROWS = {  # of the forest plot, from top to bottom: {what a colour means: {arm: 
 
 
 def forest(lines: list[dict], pairs: list[dict]):
-    """Each effect on accuracy over the run as a row, with its 95 % interval over bases; for the
-    language models on the reward over the run, with the interval over seeds."""
+    """Draw each effect on accuracy over the run as a row, with its 95% interval over base models.
+
+    For the language models it is the effect on the reward over the run, and the interval is over
+    seeds.
+    """
     figure, ax = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
     names = []
 
     def rows(group, effects):  # {name of a row: differences}
         at = range(-len(names), -len(names) - len(effects), -1)
-        mean, half = zip(*(study.interval(d) for d in effects.values()))
+        mean, half = zip(*(common.mean_interval(d) for d in effects.values()))
         ax.errorbar(mean, at, xerr=half, fmt="o", capsize=2, label=group)
         names.extend(f"{name}  ({len(d)})" for name, d in effects.items())
 
@@ -77,9 +73,12 @@ def forest(lines: list[dict], pairs: list[dict]):
         rows(group, {name: d for name, d in effects.items() if len(d) > 1})
     effects = {}
     for model, name in LANGUAGE_MODELS.items():
-        of_it = [line for line in pairs if line["model"] == model]
-        of_it = less_control(of_it, "GRPO", lambda line: 100 * np.mean(line["reward"]))
-        effects |= {f"{name}: {arm}": d for arm, d in of_it.items()}
+        of_model = [line for line in pairs if line["model"] == model]
+        for arm in dict.fromkeys(line["arm"] for line in of_model):
+            if arm != "GRPO":
+                effects[f"{name}: {arm}"] = common.differences(
+                    of_model, arm, "GRPO", reward_gained, unit="seed"
+                )
     rows("language models", effects)
     ax.axvline(0, color="0.45", linewidth=0.8)
     ax.set_yticks(range(0, -len(names), -1), names)
@@ -88,8 +87,13 @@ def forest(lines: list[dict], pairs: list[dict]):
     save(figure, "study_effects.png")
 
 
+def reward_gained(line: dict, control: dict) -> float:
+    """Return arm - control in points of training reward, mean over the run."""
+    return 100 * (np.mean(line["reward"]) - np.mean(control["reward"]))
+
+
 def scatter(points: list[tuple]):
-    """Does the cosine at the base predict what phase 1 costs? A point is a base, W and layer."""
+    """Draw what phase 1 costs against the cosine at the base: one point per base, W and layer."""
     figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for i, W in enumerate((0, *study.WEIGHTS)):
         of_W = [(cosine, effect) for _, w, _, cosine, effect in points if w == W]
@@ -104,15 +108,19 @@ def scatter(points: list[tuple]):
 
 
 def training(pairs: list[dict]):
-    """Language models in training by minibupo_hf/train.py: held-out reward, mean over seeds with their
-    spread; phase 1, eight optimizer steps, ends at the dotted line."""
+    """Draw the held-out reward of language models in training by minibupo_hf/train.py.
+
+    Lines are means over seeds, bands their standard deviation. Phase 1, eight optimizer steps, ends
+    at the dotted line.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained", sharey=True)
     for ax, (model, name) in zip(panels, LANGUAGE_MODELS.items()):
-        of_it = [line for line in pairs if line["model"] == model]
-        for arm in dict.fromkeys(line["arm"] for line in of_it):
-            held = np.array([line["held_out"] for line in of_it if line["arm"] == arm])
+        of_model = [line for line in pairs if line["model"] == model]
+        for arm in dict.fromkeys(line["arm"] for line in of_model):
+            held = np.array([line["held_out"] for line in of_model if line["arm"] == arm])
             steps = EVALUATED[model]
-            mean, std = held.mean(0), held.std(0, ddof=1)
+            mean = held.mean(0)
+            std = held.std(0, ddof=1)
             ax.plot(steps, mean, "o-", markersize=3, label=f"{arm} ({len(held)} seeds)")
             ax.fill_between(steps, mean - std, mean + std, alpha=0.15, linewidth=0)
         ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":", label="phase 1 ends")
@@ -124,12 +132,12 @@ def training(pairs: list[dict]):
 
 def save(figure, name: str):
     """Write a figure and say so."""
-    figure.savefig(FIGURES / name, dpi=160)
-    print(f"wrote {FIGURES / name}")
+    figure.savefig(common.FIGURES / name, dpi=160)
+    print(f"wrote {common.FIGURES / name}")
 
 
-def of_seeds():
-    """The figures of analyze.py and compare.py, of the runs of seeds.py."""
+def of_seeds() -> int:
+    """Draw the figures of analyze.py and compare.py for the runs of seeds.py. Return 0, or 2."""
     with tempfile.TemporaryDirectory() as scratch:
         out = ["--out", scratch]
         failed = (
@@ -138,19 +146,29 @@ def of_seeds():
             or compare.main([*RUNS, "--make", "training", *out])
         )
         if failed:
-            sys.exit("run experiments/seeds.py first")
+            print("figures: run python -m experiments.seeds first", file=sys.stderr)
+            return 2
         for name in ("entropy_flow.png", "lens.png", "dynamics.png"):
-            shutil.move(Path(scratch) / name, FIGURES / name)
+            shutil.move(Path(scratch) / name, common.FIGURES / name)
+    return 0
+
+
+def of_study() -> int:
+    """Draw the figures of the committed results of study, mechanism and lm_study. Return 0."""
+    runs = common.read_lines(study.RESULTS)
+    pairs = common.read_lines(common.RESULTS / "lm_pairs.jsonl")
+    forest(runs, pairs)
+    training(pairs)
+    scatter(mechanism.prediction(common.read_lines(mechanism.RESULTS), runs))
+    return 0
+
+
+def main(argv=None) -> int:
+    """Run the command line. Return 0, or 2 if a run is missing."""
+    parser = argparse.ArgumentParser("figures", description="The figures of README and docs.")
+    parser.add_argument("of", choices=("seeds", "study"), help="the results to draw")
+    return of_seeds() if parser.parse_args(argv).of == "seeds" else of_study()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["seeds"]:
-        of_seeds()
-    elif sys.argv[1:] == ["study"]:
-        runs = read_lines(study.RESULTS)
-        pairs = read_lines(PAIRS)
-        forest(runs, pairs)
-        training(pairs)
-        scatter(mechanism.prediction(read_lines(mechanism.RESULTS), runs))
-    else:
-        sys.exit(__doc__)
+    sys.exit(main())

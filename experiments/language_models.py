@@ -1,19 +1,21 @@
 """A look at real language models: entropy, and what each layer would say.
 
-    python experiments/language_models.py smollm2            # or qwen; three to ten minutes
-    python experiments/language_models.py MODEL [NAME]       # a hub name, a directory, a .gguf file
-    python experiments/language_models.py signs smollm2      # the main README's numbers; a minute
-    python experiments/language_models.py cost smollm2       # phase 1 against phase 2: time, memory
+    python -m experiments.language_models look MODEL [NAME]
+    python -m experiments.language_models look smollm2       # or qwen; three to ten minutes
+    python -m experiments.language_models signs smollm2      # the main README's numbers; a minute
+    python -m experiments.language_models cost smollm2       # phase 1 against phase 2: time, memory
 
-SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct come from packages that others put on the
-Python package index. They are read as data only, and only if their SHA-256 is right. Numbers go to
+MODEL is a name on the Hugging Face hub, a directory or a .gguf file. A hub name was not tried here.
+`smollm2` and `qwen` work without the hub: SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct are
+in packages that other people put on the Python package index. The packages are read only as data,
+and only if the model has the right SHA-256. Numbers are written to
 results/language_model_NAME.json, figures to figures/NAME_*.png. Needs the extra `hf`.
 """
 
+import argparse
 import hashlib
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,27 +23,23 @@ import time
 import zipfile
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from minibupo_hf.adapter import encode_text, load, load_lm  # noqa: E402
-from minibupo import (  # noqa: E402
+import train_toy as toy
+from experiments import common
+from minibupo import (
     FULL,
     Policy,
+    Rollouts,
     entropy,
     look_inside,
     response_mask,
     target_layer,
     token_logprobs,
 )
+from minibupo_hf.adapter import encode_text, load, load_lm
 
-RESULTS, FIGURES = ROOT / "experiments" / "results", ROOT / "experiments" / "figures"
 CACHE = Path("~/.cache/minibupo").expanduser()
 FETCHED = {  # name: packages whose parts make one file, the ending of a part, SHA-256 of the file
     "smollm2": (
@@ -55,6 +53,7 @@ FETCHED = {  # name: packages whose parts make one file, the ending of a part, S
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
 }
+GROUP = 8  # responses to each question of arithmetic_rollouts
 TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour
 before sunset, its keeper walked out with a lamp and a loaf of bread. He had done so for
 thirty years, in summer and in winter, and he knew each stone by its shape. When the wind
@@ -83,9 +82,11 @@ square metres. So it takes 24 / 0.25 = 96 tiles. The answer is 96."""
 
 
 def fetch(name: str) -> Path:
-    """The GGUF file of a name in FETCHED, from the package index. Raises ValueError for a file of
-    another SHA-256."""
-    packages, ending, right = FETCHED[name]
+    """Return the GGUF file of a name in FETCHED, from the package index unless it is in the cache.
+
+    Raises ValueError for a file with another SHA-256.
+    """
+    packages, ending, expected = FETCHED[name]
     file = CACHE / f"{name}.gguf"
     if not file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -100,9 +101,38 @@ def fetch(name: str) -> Path:
                             out.write(wheel.read(member))
         file.with_suffix(".part").rename(file)
     found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != right:
-        raise ValueError(f"{file} has SHA-256 {found}, not {right}: delete it and fetch it again")
+    if found != expected:
+        raise ValueError(
+            f"{file} has SHA-256 {found}, not {expected}: delete it and fetch it again"
+        )
     return file
+
+
+def arithmetic_rollouts(
+    model, tokenizer, digits: int, operations: str, longest: int, questions: int, seed: int
+) -> Rollouts:
+    """Return one batch of rollouts of minibupo_hf's arithmetic, sampled at temperature 1.
+
+    A response ends with its line, or after `longest` tokens.
+    """
+    from minibupo_hf.train import arithmetic, right_answer  # needs trl
+
+    problems, _ = arithmetic(digits, operations)
+    problems = problems.shuffle(seed).select(range(questions))
+    prompts = [encode_text(tokenizer, text) for text in problems["prompt"]]
+    padded, prompt_len = toy.padded(prompts, model.device, value=0)
+    sampled = model.generate(
+        padded,
+        longest,
+        prompt_len=prompt_len,
+        num_samples=GROUP,
+        eos_id=encode_text(tokenizer, "\n")[-1],
+        generator=torch.Generator(model.device).manual_seed(seed),
+    )
+    rows = zip(sampled.tokens.tolist(), sampled.prompt_len.tolist(), sampled.end.tolist())
+    texts = [tokenizer.decode(row[start:end]) for row, start, end in rows]
+    rewards = right_answer(texts, [answer for answer in problems["answer"] for _ in range(GROUP)])
+    return Rollouts(*sampled, torch.tensor(rewards).view(-1, GROUP))
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -110,19 +140,22 @@ def fetch(name: str) -> Path:
 
 @torch.no_grad()
 def choices(model, tokens) -> dict:
-    """What the policies of H^0..H^L choose after each position: raw, normed, and "signed", which is
-    raw but for the signs of those dimensions whose weight in the final norm is negative.
+    """Return what the policies of H^0..H^L choose after each position, in three views.
 
-    For each, by layer: the share of positions whose likeliest token is the next one ("right"), the
-    share that has the most common choice of all ("same"), and the mean entropy in nats."""
+    The views are raw, normed, and "signed", which is raw with the sign of those dimensions flipped
+    whose weight in the final norm is negative. For each of them, by layer: the share of positions
+    whose likeliest token is the next one ("correct"), the share whose likeliest token is the most
+    common choice of all positions ("same"), and the mean entropy in nats.
+    """
     sign = getattr(model.final_norm, "weight", torch.ones(())).sign()
-    found = {view: {"right": [], "same": [], "entropy": []} for view in ("raw", "signed", "normed")}
+    views = ("raw", "signed", "normed")
+    found = {view: {"correct": [], "same": [], "entropy": []} for view in views}
     trace = list(model.trace(tokens[:, :-1]))
     for h in [trace[0].resid_pre[0], *(layer.resid_post[0] for layer in trace)]:
-        for view, state in (("raw", h), ("signed", h * sign), ("normed", model.final_norm(h))):
+        for view, state in zip(views, (h, h * sign, model.final_norm(h))):
             logits = [model.unembed(part) for part in state.split(64)]
             chosen = torch.cat([part.argmax(-1) for part in logits])
-            found[view]["right"].append(float((chosen == tokens[0, 1:]).float().mean()))
+            found[view]["correct"].append(float((chosen == tokens[0, 1:]).float().mean()))
             found[view]["same"].append(float((chosen == chosen.mode().values).float().mean()))
             found[view]["entropy"].append(float(torch.cat([entropy(x) for x in logits]).mean()))
     return found
@@ -130,23 +163,23 @@ def choices(model, tokens) -> dict:
 
 @torch.no_grad()
 def perplexity(lm, tokens) -> float:
-    """exp of the mean negative log-likelihood of tokens (1, T) from the second on."""
+    """Return exp of the mean negative log-likelihood of tokens (1, T) from the second on."""
     logp = lm(tokens)[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])
     return math.exp(-float(logp.mean()))
 
 
-def look(source, name: str) -> dict:
-    """Everything measured about one model on TEXT, as results/language_model_NAME.json holds it."""
+def measurements(source, name: str) -> dict:
+    """Return everything measured about a model on TEXT, the content of language_model_NAME.json."""
     model, tokenizer = load(source)
     tokens = torch.tensor([encode_text(tokenizer, "\n\n".join(paragraphs()))])
     T = tokens.shape[1]
     measured = look_inside(model, tokens, response_mask(torch.tensor([1]), torch.tensor([T]), T))
-    theirs = load_lm(source)[0]
+    theirs, _ = load_lm(source)
     norm = model.final_norm.weight.detach()
-    d_mlp = measured["d_mlp"].mean(1).tolist()
+    dH_mlp = measured["dH_mlp"].mean(1).tolist()
     try:
-        layer = target_layer(d_mlp)
-    except ValueError:
+        layer = target_layer(dH_mlp)
+    except ValueError:  # the rule picks none
         layer = None
     return {
         "model": name,
@@ -154,7 +187,7 @@ def look(source, name: str) -> dict:
         "layers": model.n_layer,
         "vocab_size": model.vocab_size,
         "tokens": T,
-        "machine": f"{platform.machine()}, torch {torch.__version__}, float32",
+        "machine": common.machine(),
         "perplexity": perplexity(model, tokens),
         "perplexity_transformers": perplexity(lambda t: theirs(t).logits, tokens),
         "final_norm_negative": int((norm < 0).sum()),
@@ -162,18 +195,36 @@ def look(source, name: str) -> dict:
         "target_layer": layer,
         **{key: value.mean(1).tolist() for key, value in measured.items()},
         "layer_median": measured["layer"].median(1).values.tolist(),
-        "d_mlp_sem": (measured["d_mlp"].std(1) / T**0.5).tolist(),
+        "dH_mlp_sem": (measured["dH_mlp"].std(1) / T**0.5).tolist(),
         "accuracy": choices(model, tokens),
     }
 
 
-def paragraphs():
+def paragraphs() -> list[str]:
+    """Return the paragraphs of TEXT, each on one line."""
     return [" ".join(part.split()) for part in TEXT.split("\n\n")]
 
 
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def look(source, name: str):
+    """Look at a model; write and draw what was found."""
+    found = measurements(source, name)
+    write(f"language_model_{name}.json", found)
+    draw(found, name)
+    print(
+        f"perplexity {found['perplexity']:.4f}, by transformers "
+        f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
+        f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
+    )
+
+
 def signs(source, name: str):
-    """results/language_model_NAME_signs.json: what the signs of the final norm do, on the English
-    paragraph alone. Prints what the main README's section on real models says."""
+    """Write language_model_NAME_signs.json: what the signs of the final norm do.
+
+    Only the English paragraph is read. Prints what the main README's section on real models says.
+    """
     model, tokenizer = load(source)
     tokens = torch.tensor([encode_text(tokenizer, paragraphs()[0])])
     found = {"model": name, "tokens": tokens.shape[1], "perplexity": perplexity(model, tokens)}
@@ -185,19 +236,21 @@ def signs(source, name: str):
         f"norm is negative in dimensions {found['negative_dimensions']}; the top layer, by view:"
     )
     for view in ("raw", "signed", "normed"):
-        right, nats = found[view]["right"][-1], found[view]["entropy"][-1]
-        print(f"  {view:6} likeliest token right {100 * right:4.1f} %, entropy {nats:.2f} nats")
+        share = 100 * found[view]["correct"][-1]
+        nats = found[view]["entropy"][-1]
+        print(f"  {view:6} likeliest token correct {share:4.1f}%, entropy {nats:.2f} nats")
 
 
 def cost(source, name: str, layers=(10, 20), rounds=5, rows=8, T=32):
-    """results/language_model_NAME_cost.json: what phase 1 at some layers costs, beside phase 2.
+    """Write language_model_NAME_cost.json: what phase 1 costs at some layers, beside phase 2.
 
-    Forward and backward of random tokens, whose second half is the response. "time" is the median
-    over rounds of the ratio within a round, on one thread."""
+    The cost is that of the forward and backward pass of random tokens, whose second half is the
+    response. "time" is the median over rounds of the ratio within a round, on one thread.
+    """
     torch.set_num_threads(1)
-    model = load(source)[0]
-    shape, generator = (rows, T), torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.vocab_size, shape, generator=generator)
+    model, _ = load(source)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (rows, T), generator=generator)
     mask = response_mask(torch.full((rows,), T // 2), torch.full((rows,), T), T)
     policies = {"phase 2": FULL} | {f"phase 1, layer {l}": Policy(l) for l in layers}
     measured = {label: [] for label in policies}
@@ -218,9 +271,12 @@ def cost(source, name: str, layers=(10, 20), rounds=5, rows=8, T=32):
     write(f"language_model_{name}_cost.json", found)
 
 
-def forward_and_backward(model, tokens, mask, policy):
-    """Seconds of the process's own time; megabytes that autograd keeps for the backward pass,
-    without weights; megabytes of gradients (AdamW's moments take twice as much)."""
+def forward_and_backward(model, tokens, mask, policy) -> tuple[float, float, float]:
+    """Return what one forward and backward pass takes.
+
+    These are the processor seconds, the megabytes that autograd keeps for the backward pass,
+    without weights, and the megabytes of gradients. AdamW's moments take twice as much as these.
+    """
     kept = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
 
     def keep(x):
@@ -237,65 +293,58 @@ def forward_and_backward(model, tokens, mask, policy):
     return seconds, sum(kept.values()) / 1e6, gradients / 1e6
 
 
-# ---- figures -------------------------------------------------------------------------------------
+# ---- figures and files ---------------------------------------------------------------------------
 
 
 def draw(found: dict, name: str):
-    """Entropy by layer, entropy change of the FFNs, and next-token accuracy, side by side."""
+    """Draw entropy, the FFNs' entropy change and next-token accuracy by layer, side by side."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
     layers = range(found["layers"] + 1)
     left.axhline(math.log(found["vocab_size"]), color="grey", linewidth=0.6, linestyle=":")
     left.plot(layers, found["layer"], label="raw")
     left.plot(layers, found["layer_normed"], "--", label="normed")
-    left.plot(layers, found["layer_matched"], ":", label="at the size of $H^L$")
+    left.plot(layers, found["layer_matched"], ":", label="with the norm of $H^L$")
     left.set(title="entropy of $H^l$ (nats); dotted: log V", xlabel="layer")
-    middle.bar(layers[1:], found["d_mlp"], yerr=found["d_mlp_sem"])
+    middle.bar(layers[1:], found["dH_mlp"], yerr=found["dH_mlp_sem"])
     middle.axhline(0, color="grey", linewidth=0.6)
     middle.set(title="$\\Delta H_{FFN}$ (nats)", xlabel="layer")
-    right.plot(layers, found["accuracy"]["raw"]["right"], label="raw")
-    right.plot(layers, found["accuracy"]["normed"]["right"], "--", label="normed")
+    right.plot(layers, found["accuracy"]["raw"]["correct"], label="raw")
+    right.plot(layers, found["accuracy"]["normed"]["correct"], "--", label="normed")
     right.set(title="likeliest token is the next one", xlabel="layer", ylim=(0, 1))
     left.legend()
     right.legend()
-    save(figure, f"{name}_layers.png")
-
-
-def save(figure, name: str):
-    figure.savefig(FIGURES / name, dpi=150)
-    print(f"wrote {FIGURES / name}")
+    path = common.FIGURES / f"{name}_layers.png"
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
 
 
 def write(name: str, found: dict):
-    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {RESULTS / name}")
+    """Write a file of results and say so."""
+    path = common.RESULTS / name
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
 
 
-def main(argv) -> int:
-    if not argv:
-        print(__doc__)
-        return 2
-    command = {"signs": signs, "cost": cost}.get(argv[0], report)
-    argv = argv[command is not report :]
+COMMANDS = {"look": look, "signs": signs, "cost": cost}
+
+
+def main(argv=None) -> int:
+    """Run the command line. Return 0, or 2 for a model that cannot be read."""
+    style = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("language_models", **style)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("model", metavar="MODEL", help="smollm2, qwen, or a model")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="in the names of the files written")
+    args = parser.parse_args(argv)
+    name = args.name or Path(args.model).name.removesuffix(".gguf").lower()
     try:
-        source = fetch(argv[0]) if argv[0] in FETCHED else argv[0]
-        command(source, (argv[1:] or [Path(argv[0]).name.removesuffix(".gguf").lower()])[0])
+        source = fetch(args.model) if args.model in FETCHED else args.model
+        COMMANDS[args.command](source, name)
         return 0
     except (ValueError, ImportError) as error:
         print(f"language_models: {error}", file=sys.stderr)
         return 2
 
 
-def report(source, name: str):
-    """Look at a model; write and draw what was found."""
-    found = look(source, name)
-    write(f"language_model_{name}.json", found)
-    draw(found, name)
-    print(
-        f"perplexity {found['perplexity']:.4f}, by transformers "
-        f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
-        f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,14 +1,16 @@
 """Our functions beside those of the official code, on the same inputs: how far are they apart?
 
     git clone https://github.com/Trae1ounG/BuPO        # at COMMIT, see below
-    python experiments/official.py BuPO                # prints the table of results/official.md
+    python -m experiments.official BuPO                # prints the table of results/official.md
 
-Where both do the same, the largest difference is rounding; what differs is bold. Nothing of theirs
-is in this repository. Needs the extra `hf`, for our weights are copied into transformers' Qwen3.
+If both compute the same, the largest difference is rounding; what differs is bold. None of their
+code is in this repository. Needs the extra `bench`, because our weights are copied into
+transformers' Qwen3.
 """
 
 import __future__
 
+import argparse
 import ast
 import itertools
 import math
@@ -21,13 +23,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import minibupo  # noqa: E402
-import train_toy as toy  # noqa: E402
-from minibupo import FULL, Policy, response_mask, surrogate  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+import minibupo
+import train_toy as toy
+from experiments.common import ROOT, markdown_table
+from minibupo import FULL, Policy, response_mask, surrogate
+from model import GPT, GPTConfig
 
 COMMIT = "d3a85c698912d612c1cdb3edaa9011f450d23344"
 FILES = (
@@ -38,25 +38,28 @@ FILES = (
     "visualization/plot_internal_entropy.py",
     "verl/models/custom_model/modeling_qwen3.py",
 )
-# Qwen3ForCausalLM is that of transformers 4.56 with one method changed, `forward`. We call it on
-# the model of the transformers that is installed.
+# Qwen3ForCausalLM is that of transformers 4.56 with one method changed, `forward`. We call this
+# method on the model of the transformers that is installed.
 CLASSES = ("EntropyAnalyzer", "Qwen3ForCausalLM")
 
 
 def official(clone: Path) -> SimpleNamespace:
-    """Their functions. Raises ValueError for another commit, OSError for a missing file.
+    """Return their functions. Raises ValueError for another commit, OSError for a missing file.
 
     Importing them would need a whole framework (ray, vllm, flash-attn). So only the definitions of
-    FILES are run, functions and the two classes, without decorators: those register and warn."""
+    functions and of the two classes in FILES are run, without decorators, which register and warn.
+    """
     git = ["git", "-C", str(clone), "rev-parse", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True)
     if head.returncode:
-        raise ValueError(f"{clone} is no git clone: {head.stderr.strip()}")
+        raise ValueError(f"{clone} is not a git clone: {head.stderr.strip()}")
     if head.stdout.strip() != COMMIT:
         raise ValueError(f"{clone} is at {head.stdout.strip()}: git -C {clone} checkout {COMMIT}")
     they = dict(torch=torch, np=np, defaultdict=defaultdict, itertools=itertools, comb=math.comb)
     they |= dict(CausalLMOutputWithPastNew=SimpleNamespace, Qwen3PreTrainedModel=torch.nn.Module)
-    they |= dict(GenerationMixin=object, AlgoConfig=type(None), HUMAN_EVAL=None)  # looked at only
+    they |= dict(
+        GenerationMixin=object, AlgoConfig=type(None), HUMAN_EVAL=None
+    )  # named only in annotations
     for name in FILES:
         body = ast.parse((clone / name).read_text(encoding="utf-8")).body
         nodes = [n for n in body if isinstance(n, ast.FunctionDef)]
@@ -74,8 +77,9 @@ def official(clone: Path) -> SimpleNamespace:
 
 
 def advantages(they, rewards, mask, what):
-    """Advantages (N, T) of each kind; their rewards stand at the last token of each response."""
-    last, index = mask.sum(1, keepdim=True) - 1, np.arange(len(mask)) // rewards.shape[1]
+    """Yield advantages (N, T) of each kind. Their rewards stand at the last token of a response."""
+    last = mask.sum(1, keepdim=True) - 1
+    index = np.arange(len(mask)) // rewards.shape[1]
     at_last = torch.zeros(mask.shape).double().scatter(1, last, rewards.reshape(-1, 1))
     for kind in minibupo.ADVANTAGES:
         name = f"compute_{kind.replace('++', '_plus_plus')}_outcome_advantage"
@@ -86,7 +90,7 @@ def advantages(they, rewards, mask, what):
 
 
 def their_loss(they, logp, old_logp, advantages, mask, average="token-mean"):
-    """Their clipped loss and the clipped share of tokens, with the options of their scripts."""
+    """Return their loss and the clipped share of tokens, with the options of their scripts."""
     config = SimpleNamespace(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2)
     config.get = {"clip_ratio_c": 10.0}.get  # the dual clip
     args = (advantages[:, None].expand_as(logp), mask.long(), average, config)
@@ -94,57 +98,62 @@ def their_loss(they, logp, old_logp, advantages, mask, average="token-mean"):
 
 
 def losses(they, advantage, mask, spread, limit, name="compute_policy_loss_vanilla"):
-    """Loss and gradient at log-ratios drawn from N(0, spread), within +-limit."""
+    """Yield loss and gradient at log-ratios drawn from N(0, spread), within +-limit."""
     logp = (spread * torch.randn(mask.shape).double()).clamp(-limit, limit).requires_grad_()
-    rows, where = (logp, torch.zeros_like(logp), advantage, mask), f"log-ratios within {limit}"
+    rows = (logp, torch.zeros_like(logp), advantage, mask)
+    where = f"log-ratios within {limit}"
     for average, mode in (("token", "token-mean"), ("sequence", "seq-mean-token-mean")):
-        ours, cut = surrogate(*rows, average=average)
-        theirs, clipped = their_loss(they, *rows, mode)
+        ours, clipped = surrogate(*rows, average=average)
+        theirs, their_share = their_loss(they, *rows, mode)
         yield f"loss, {mode}, {where}", name, ours, theirs
         gradients = [torch.autograd.grad(loss, logp)[0] for loss in (ours, theirs)]
         yield f"gradient, {mode}, {where}", name, *gradients
-    yield f"clipped share of tokens, {where}", name, cut / mask.sum(), clipped
+    yield f"clipped share of tokens, {where}", name, clipped / mask.sum(), their_share
     # dp_actor.py takes the mean over each micro-batch, and weights it by its share of the rows
     theirs = sum(their_loss(they, *part)[0] / 8 for part in zip(*(x.split(64) for x in rows)))
     yield f"loss, token-mean, 8 micro-batches, {where}", name, surrogate(*rows)[0], theirs
 
 
 def formulas(they):
-    """What needs no model. 64 groups of 8 rewards, responses of 1 to 12 tokens."""
+    """Yield what needs no model: 64 groups of 8 rewards, responses of 1 to 12 tokens."""
     torch.manual_seed(0)
     rewards = torch.randint(2, (64, 8)).double()
     mask = torch.arange(12) < torch.randint(1, 13, (512, 1))
-    yield from advantages(they, rewards, mask[:, :1], "1 token a response")
-    yield from advantages(they, rewards, mask, "1 to 12 tokens a response")
+    yield from advantages(they, rewards, mask[:, :1], "1 token in each response")
+    yield from advantages(they, rewards, mask, "1 to 12 tokens in each response")
     advantage = minibupo.group_advantages(rewards).flatten()
     yield from losses(they, advantage, mask, spread=0.5, limit=2.3)  # ratios below 10
     yield from losses(they, advantage, mask, spread=3.0, limit=20)
     logits = 5 * torch.randn(500, 1000)
     for name in ("entropy_from_logits", "entropy_from_logits_with_chunking"):
         yield "entropy of 1000 logits", name, minibupo.entropy(logits), getattr(they, name)(logits)
-    for right in range(33):
-        ours, theirs = minibupo.pass_at_k(32, right, 4), they.estimate_pass_at_k(32, [right], 4)
-        yield "Pass@4 of 32", "estimate_pass_at_k", torch.tensor(ours), theirs
-        theirs = they.unbiased_pass_at_k([True] * right + [False] * (32 - right), 4)
-        what = "Pass@4 of 32, " + ("0 to 3 right" if right < 4 else "4 to 32 right")
-        yield what, "unbiased_pass_at_k", torch.tensor(ours), theirs
+    for correct in range(33):
+        ours = torch.tensor(minibupo.pass_at_k(32, correct, 4))
+        theirs = they.estimate_pass_at_k(32, [correct], 4)
+        yield "Pass@4 of 32", "estimate_pass_at_k", ours, theirs
+        theirs = they.unbiased_pass_at_k([True] * correct + [False] * (32 - correct), 4)
+        what = "Pass@4 of 32, " + ("0 to 3 correct" if correct < 4 else "4 to 32 correct")
+        yield what, "unbiased_pass_at_k", ours, theirs
 
 
 def pairs():
-    """Our model, the same as transformers' Qwen3, tokens, mask, and which weights are the same."""
+    """Yield our model, the same as transformers' Qwen3, tokens, mask, pairs of equal weights."""
     from experiments.trl_peer import same_weights, to_qwen3
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(toy.VOCAB_SIZE, 32, 4, 32, n_head=4, n_kv_head=2))
-    tokens, end = torch.randint(toy.PAD, (16, 24)), torch.randint(8, 25, (16,))
+    tokens = torch.randint(toy.PAD, (16, 24))
+    end = torch.randint(8, 25, (16,))
     yield model, to_qwen3(model), tokens, response_mask(end - 6, end, 24), same_weights
     model = toy.load_model(ROOT / "course" / "base.pt")
     yield model, to_qwen3(model), *toy.own_solutions(model, toy.Settings(), 32), same_weights
 
 
 def policies(they, model, qwen3, tokens, mask, same_weights, T=0.7):
-    """Log-probabilities of all layers at temperature T, and the gradient of their clipped loss."""
-    L, advantage, name = model.n_layer, torch.randn(len(tokens)), "Qwen3ForCausalLM.forward"
+    """Yield log-probabilities of all layers at temperature T, and gradients of the clipped loss."""
+    L = model.n_layer
+    advantage = torch.randn(len(tokens))
+    name = "Qwen3ForCausalLM.forward"
 
     def gradient(weight):
         return torch.full_like(weight, math.nan) if weight.grad is None else weight.grad
@@ -158,7 +167,8 @@ def policies(they, model, qwen3, tokens, mask, same_weights, T=0.7):
         theirs = they.logprobs_from_logits_v2(logits, tokens[:, 1:]) * mask
         yield f"log-probabilities, {what}", name, ours, theirs
         old = (ours + 0.2 * torch.randn(ours.shape)).detach()
-        model.zero_grad(), qwen3.zero_grad()
+        model.zero_grad()
+        qwen3.zero_grad()
         surrogate(ours, old, advantage, mask)[0].backward()
         their_loss(they, theirs, old, advantage, mask)[0].backward()
         for weight, twin in same_weights(model, qwen3):
@@ -169,10 +179,11 @@ def policies(they, model, qwen3, tokens, mask, same_weights, T=0.7):
 
 
 def figure(they, model, qwen3, tokens, mask, _, name="EntropyAnalyzer"):
-    """The entropy changes of their figure, whose positions are P..T-1; ours are P-1..T-2."""
+    """Yield the entropy changes of their figure, at positions P..T-1; ours are P-1..T-2."""
     means = defaultdict(list)
     for row, at in zip(tokens, mask):
-        P, T = int(at.nonzero()[0]) + 1, int(at.nonzero()[-1]) + 2
+        P = int(at.nonzero()[0]) + 1
+        T = int(at.nonzero()[-1]) + 2
         analyzer = they.EntropyAnalyzer.__new__(they.EntropyAnalyzer)  # __init__ fetches a model
         analyzer.model, analyzer.device, analyzer.hooks = qwen3, "cpu", []
         analyzer.module_activations, analyzer.internal_entropy_data = defaultdict(list), []
@@ -183,10 +194,10 @@ def figure(they, model, qwen3, tokens, mask, _, name="EntropyAnalyzer"):
         found = defaultdict(list)
         for item in analyzer.internal_entropy_data:
             found[item["module_name"]].append(item["entropy_change"])
-        later = (torch.arange(T) >= P)[None]  # of T + 1 tokens, since the last one predicts nothing
+        later = (torch.arange(T) >= P)[None]  # of T + 1 tokens: the last one predicts nothing
         same = minibupo.look_inside(model, torch.cat((row[:T], row[:1]))[None], later)
         usual = minibupo.look_inside(model, row[None], at[None])
-        for change, ending in (("d_attn", "_attn"), ("d_mlp", "_ffn"), ("d_layer", "")):
+        for change, ending in (("dH_attn", "_attn"), ("dH_mlp", "_ffn"), ("dH_layer", "")):
             theirs = torch.tensor([found[f"layer_{l}{ending}"] for l in range(model.n_layer)])
             yield f"{change}, layers 1..L, positions P..T-1", name, same[change], theirs
             means[change] += [(usual[change], theirs)]
@@ -199,40 +210,47 @@ def figure(they, model, qwen3, tokens, mask, _, name="EntropyAnalyzer"):
 
 
 def table(rows) -> str:
-    """Comparisons as Markdown, those of one name as one row: where the difference is largest."""
-    lines = ["| what | theirs | ours there | theirs there | largest difference |", "|---" * 5 + "|"]
+    """Return comparisons as a Markdown table.
+
+    Those of one name share a row, which shows the place where the difference is largest.
+    """
     worst = {}
     for *key, ours, theirs in rows:
         a, b = (torch.as_tensor(x, dtype=torch.double).detach().flatten() for x in (ours, theirs))
         difference = (a - b).abs().masked_fill(a.isnan() & b.isnan(), 0).nan_to_num(math.inf)
         found = max(zip(difference.tolist(), a.tolist(), b.tolist()))
         worst[*key] = max(worst.get((*key,), found), found)
+    cells = []
     for (what, name), (d, a, b) in worst.items():
         difference = f"{d:.1e}" if d < 1e-4 else f"**{d:.2g}**"
-        lines.append(f"| {what} | `{name}` | {a:.4g} | {b:.4g} | {difference} |")
-    return "\n".join(lines)
+        cells.append([what, f"`{name}`", f"{a:.4g}", f"{b:.4g}", difference])
+    head = ["what", "theirs", "ours there", "theirs there", "largest difference"]
+    return markdown_table(head, cells)
 
 
-def main(argv) -> int:
-    """Print the table. Returns 0, or 2 where there is nothing to compare."""
+def main(argv=None) -> int:
+    """Print the table. Return 0, or 2 if there is nothing to compare."""
+    parser = argparse.ArgumentParser("official", description=__doc__.split("\n")[0])
+    parser.add_argument("path", metavar="PATH", type=Path, help="a clone of the official code")
+    path = parser.parse_args(argv).path
     try:
-        if len(argv) != 1:
-            raise ValueError("say where a clone of the official code is: official.py PATH")
-        they = official(Path(argv[0]))
+        they = official(path)
         import transformers
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"official.py: {error}", file=sys.stderr)
+        print(f"official: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     models = (f(they, *pair) for pair in pairs() for f in (policies, figure))
     print(table(itertools.chain(formulas(they), *models)))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(
-        f"\nMade by `python experiments/official.py BuPO`; their commit {COMMIT[:7]}; {versions}."
+        f"\nMade by `python -m experiments.official BuPO`; their commit {COMMIT[:7]}; {versions}."
     )
-    print("Numbers are those of the place where the difference is largest; bold is what differs.")
+    print(
+        "The numbers are those of the place where the difference is largest; bold is what differs."
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,23 +1,26 @@
 """BuPO against GRPO on the toy task: what phase 1 costs, why, and when it costs less.
 
-    python experiments/study.py                # what is missing, two runs at a time: three hours
-    python experiments/study.py --quick DIR    # its smallest form, in half a minute, into DIR
+    python -m experiments.study                # what is missing, two runs at a time: three hours
+    python -m experiments.study --report       # only the report, of the committed results
+    python -m experiments.study --quick DIR    # the smallest form, in half a minute, into DIR
 
-An arm differs from its control in one thing. Both start from the same bases and meet the same
-problems in the same order. A base is a seed of pretraining; bases differ more than seeds do, so
-every interval is taken over bases. The primary measure is the area under the curve: held-out Avg@8
-at n = 5, mean over the run. The primary contrasts are BuPO - GRPO, at the rule's layer and at 3.
+An arm differs from its control in one thing. Both start from the same base models and are asked the
+same problems in the same order. A base model is a seed of pretraining. Base models differ more than
+seeds do, so every interval is taken over base models. The primary measure is the area under the
+curve: held-out Avg@8 at n = 5, mean over the run. The primary contrasts are BuPO - GRPO, at the
+rule's layer and at layer 3.
 
-Bases 70..77 and seeds 500, 501 were not looked at before; settings are those of an earlier trial on
-bases 50..53. The first study (commit 07e9ae1, results/study-07e9ae1.*) had more: bases without
+Base models 70..77 and seeds 500, 501 had not been used before. The settings are those of an earlier
+trial on base models 50..53. A first study, at commit 07e9ae1, had more arms: base models without
 QK-norm, a phase 1 that ends by itself, several internal layers in turn, what a linear probe reads,
-Pass@64. They are left out here.
+and Pass@64.
 """
 
 import argparse
-import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,46 +28,154 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import minibupo
+import train_toy as toy
+from experiments import common, ppo
+from minibupo import FULL, Policy, phases, update
+from model import GPT
 
-import minibupo  # noqa: E402
-import train_toy as toy  # noqa: E402
-from experiments import ppo  # noqa: E402
-from experiments.seeds import base_model, run_missing, save_report  # noqa: E402
-from minibupo import FULL, Policy, bupo  # noqa: E402
+RESULTS = common.RESULTS / "study.jsonl"
+RULE = "rule"  # the layer that the paper's rule picks on a base model
+FINITE = 96  # problems of the finite training set
 
-RESULTS = ROOT / "experiments" / "results" / "study.jsonl"
-RULE = "rule"  # the layer of the paper's rule on that base
+# ---- the arms ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """What the loop of an arm works on."""
+
+    s: toy.Settings
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    layer: int
+    target: Policy  # of phase 1
+    s_inter: int
+    questions: Callable  # (settings, step) -> problems
+    update: Callable  # (model, rollouts, policy): minibupo's update, or PPO's
+
+    def phases(self, target: Policy, **options):
+        """Return minibupo.phases of this run."""
+        return phases(self.optimizer, target, self.s_inter, self.s.steps, **options)
+
+    def sample(self, step: int, model=None) -> minibupo.Rollouts:
+        """Return the rollouts of a step, sampled from the model unless another one is given."""
+        return toy.rollouts(self.s, model or self.model, step, self.questions(self.s, step))
+
+    def freeze_above(self, frozen: bool):
+        """Take the layers above the chosen one and the final norm out of training, or put back."""
+        above = [*self.model.blocks[self.layer :].parameters(), *self.model.final_norm.parameters()]
+        for parameter in above:
+            parameter.requires_grad_(not frozen)
+
+
+# Algorithm 1 and its variations. Each yields (step, rollouts) after the step's update.
+
+
+def bupo(run: Training):
+    """Yield the steps of BuPO; of GRPO if s_inter is 0."""
+    for step, policy in run.phases(run.target):
+        rollouts = run.sample(step)
+        run.update(run.model, rollouts, policy)
+        yield step, rollouts
+
+
+def moments_kept(run: Training):
+    """BuPO without the reset of AdamW's moments between the phases, as in the official code."""
+    for step, policy in run.phases(run.target, reset_moments=False):
+        rollouts = run.sample(step)
+        run.update(run.model, rollouts, policy)
+        yield step, rollouts
+
+
+def only_reset(run: Training):
+    """GRPO in both phases: of BuPO only the reset of AdamW's moments remains."""
+    for step, _ in run.phases(FULL):
+        rollouts = run.sample(step)
+        run.update(run.model, rollouts, FULL)
+        yield step, rollouts
+
+
+def frozen_above(run: Training):
+    """GRPO in both phases; in phase 1 only the weights that BuPO would train are trained."""
+    for step, _ in run.phases(FULL):
+        run.freeze_above(step <= run.s_inter)
+        rollouts = run.sample(step)
+        run.update(run.model, rollouts, FULL)
+        yield step, rollouts
+
+
+def on_policy(run: Training):
+    """BuPO whose responses are sampled from the policy that learns, in phase 1 as well."""
+    for step, policy in run.phases(run.target):
+        sampled_from = run.model if policy == FULL else run.model.truncated(run.layer)
+        rollouts = run.sample(step, sampled_from)
+        run.update(run.model, rollouts, policy)
+        yield step, rollouts
+
+
+def normed(run: Training):
+    """BuPO whose internal policy is read through the final norm, as pi_theta is."""
+    for step, policy in run.phases(run.target):
+        rollouts = run.sample(step)
+        run.update(run.model if policy == FULL else Normed(run.model), rollouts, policy)
+        yield step, rollouts
+
+
+class Normed(torch.nn.Module):
+    """A model whose internal policies are softmax(LN_f(H^l) E_u^T): the logit lens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.residual = model.residual
+        self.n_layer = model.n_layer
+        self.device = model.device
+
+    def unembed(self, h):
+        return self.model.unembed(self.model.final_norm(h))
+
+
+def fresh(s: toy.Settings, step: int) -> None:
+    """Return None: toy.rollouts then draws new problems for each step."""
+
+
+def finite_set(s: toy.Settings, step: int) -> list[str]:
+    """Return the problems of a step, drawn from the same few problems at every step."""
+    problems = toy.draw_questions(toy.rng_for(s.seed, "finite set"), FINITE, s.n)
+    return toy.rng_for(s.seed, "questions", step).sample(problems, s.questions)
 
 
 class Arm(NamedTuple):
-    """What is compared. s_inter = 0 is GRPO, or what `advantage` names."""
+    """What is compared. With s_inter = 0 it is GRPO, or what `advantage` names."""
 
     control: str | None = "GRPO"
     s_inter: int = 0
     layer: int | str = RULE
     site: str = "resid_post"
-    advantage: str = "grpo"  # or "ppo": a critic in place of groups
-    change: str = ""  # what else is done, see `run`
-    W: float = 0  # weight of the internal layer policies in the base's pretraining
+    loop: Callable = bupo
+    advantage: str = "grpo"  # a kind of minibupo's, or "ppo": a critic in place of groups
+    questions: Callable = fresh
+    W: float = 0  # weight of the internal layer policies in the base model's pretraining
 
 
-FROZEN = {l: Arm(s_inter=5, layer=l, change="frozen") for l in (1, 2, 3, 4, 5, RULE)}
 WEIGHTS = (0.3, 1, 3)
 ARMS = {
     "GRPO": Arm(None),
     "BuPO, rule": Arm(s_inter=5),
     **{f"BuPO, layer {l}": Arm(s_inter=5, layer=l) for l in (3, 5, 1, 2, 4)},
-    **{f"GRPO, above {l} frozen": arm for l, arm in FROZEN.items()},
+    **{
+        f"GRPO, above {l} frozen": Arm(s_inter=5, layer=l, loop=frozen_above)
+        for l in (1, 2, 3, 4, 5, RULE)
+    },
     **{f"BuPO, rule, s_inter {n}": Arm(s_inter=n) for n in (2, 10, 20, 60)},
     "BuPO, rule, attention": Arm(s_inter=5, site="attn_out"),
     "BuPO, rule, FFN": Arm(s_inter=5, site="mlp_out"),
-    "GRPO, moments reset at 5": Arm(s_inter=5, change="only the reset"),
-    "BuPO, rule, moments kept": Arm("BuPO, rule", 5, change="moments kept"),
-    "BuPO, layer 3, on-policy": Arm("BuPO, layer 3", 5, 3, change="on-policy"),
-    "BuPO, layer 3, normed": Arm("BuPO, layer 3", 5, 3, change="normed"),
-    "BuPO, rule, normed": Arm("BuPO, rule", 5, change="normed"),
+    "GRPO, moments reset at 5": Arm(s_inter=5, loop=only_reset),
+    "BuPO, rule, moments kept": Arm("BuPO, rule", 5, loop=moments_kept),
+    "BuPO, layer 3, on-policy": Arm("BuPO, layer 3", 5, 3, loop=on_policy),
+    "BuPO, layer 3, normed": Arm("BuPO, layer 3", 5, 3, loop=normed),
+    "BuPO, rule, normed": Arm("BuPO, rule", 5, loop=normed),
     **{f"GRPO, W = {W}": Arm(None, W=W) for W in WEIGHTS},
     **{
         f"BuPO, layer {l}, W = {W}": Arm(f"GRPO, W = {W}", 5, l, W=W)
@@ -77,98 +188,109 @@ ARMS = {
     "Reinforce++, BuPO": Arm("Reinforce++", 5, advantage="reinforce++"),
     "PPO": Arm(None, advantage="ppo"),
     "PPO, BuPO": Arm("PPO", 5, advantage="ppo"),
-    "96 problems, GRPO": Arm(None, change="finite set"),
-    "96 problems, BuPO": Arm("96 problems, GRPO", 5, change="finite set"),
+    "96 problems, GRPO": Arm(None, questions=finite_set),
+    "96 problems, BuPO": Arm("96 problems, GRPO", 5, questions=finite_set),
 }
 MAIN = ("GRPO", "BuPO, rule", "BuPO, layer 3", "96 problems, GRPO", "96 problems, BuPO")
-BASES, SEEDS, FINITE = range(70, 78), (500, 501), 96
+BASES, SEEDS = range(70, 78), (500, 501)
 SIZES = dict(questions=32, steps=60, lr=4e-4, threads=1, eval_problems=128)
 QUICK = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
+QUICK_ARMS = ("GRPO", "BuPO, rule", "GRPO, above 3 frozen", "BuPO, rule, normed", "PPO, BuPO")
 
 
 def plan() -> list[tuple]:
-    """All runs (arm, base, seed): eight bases and two seeds for the main question, eight and one
-    for the dose W, six and one for the rest. What matters most comes first."""
+    """Return all runs as (arm, base, seed), the most important ones first.
+
+    The main question has eight base models and two seeds, the dose W eight and one, the rest six
+    and one.
+    """
     dose = [name for name, arm in ARMS.items() if arm.W or name == "BuPO, layer 5"]
     rest = [name for name in ARMS if name not in (*MAIN, *dose)]
     runs = [(name, base, SEEDS[0]) for base in BASES for name in MAIN[:3]]
     runs += [(name, base, SEEDS[0]) for base in BASES for name in dose]
     runs += [(name, base, SEEDS[0]) for name in rest for base in BASES[:6]]
     runs += [(name, base, SEEDS[1]) for base in BASES for name in MAIN[:3]]
-    return runs + [(name, base, seed) for seed in SEEDS for base in BASES for name in MAIN[3:]]
+    runs += [(name, base, seed) for seed in SEEDS for base in BASES for name in MAIN[3:]]
+    return runs
+
+
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def make_base(path: Path, s: toy.Settings):
-    """Pretrain a base model, unless it is there."""
+    """Pretrain a base model, unless its file exists."""
     if not path.exists():
-        toy.save_checkpoint(path, base_model(s)[0])
+        toy.save_checkpoint(path, common.base_model(s)[0])
 
 
-def rollouts(s: toy.Settings, model, step: int, finite: bool) -> minibupo.Rollouts:
-    """The rollouts of a step, as in train_toy; of questions from the same 96 where wanted."""
-    problems = None
-    if finite:
-        problems = toy.draw_questions(toy.stream(s.seed, "finite set"), FINITE, s.n)
-        problems = toy.stream(s.seed, "questions", step).sample(problems, s.questions)
-    return toy.rollouts(s, model, step, problems)
+def training(arm: Arm, seed: int, base: Path, sizes: dict) -> Training:
+    """Return what the loop of an arm needs to train from a base model."""
+    torch.manual_seed(seed)  # for the critic's head; the rest has generators of its own
+    s = toy.Settings(seed=seed, **sizes)
+    model = toy.load_model(base)
+    layer = arm.layer
+    if layer == RULE:
+        inside = toy.means_inside(model, *toy.own_solutions(model, s))
+        layer = minibupo.target_layer(inside["dH_mlp"])
+    layer = min(layer, s.n_layer - 1)  # the models of the smallest form have fewer layers
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
+    if arm.advantage == "ppo":
+        step = ppo.Critic(model).update
+    else:
+        step = partial(update, advantage=arm.advantage)
+    return Training(
+        s=s,
+        model=model,
+        optimizer=optimizer,
+        layer=layer,
+        target=Policy(layer, arm.site),
+        s_inter=min(arm.s_inter, s.steps),
+        questions=arm.questions,
+        update=lambda model, rollouts, policy: step(model, optimizer, rollouts, policy),
+    )
 
 
 def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
-    """Train one arm from one base with one seed; its line of results.
+    """Train one arm from one base model with one seed, and return its record.
 
-    `held`: [step, processor seconds of training so far, Avg@8 at n on 64 held-out problems];
-    `final`: train_toy.evaluate at n and n + 1. Of PPO `reward` is sampled as that of the others."""
+    `reward` has the mean reward of each step's rollouts. `held` has [step, processor seconds of
+    training so far, Avg@8 at n on 64 held-out problems]. `final` is train_toy.evaluate at n and
+    n + 1.
+    """
     torch.set_num_threads(1)
-    s, arm, started = toy.Settings(seed=seed, **sizes), ARMS[name], time.process_time()
-    model = toy.load_model(base)
-    layer, s_inter = arm.layer, min(arm.s_inter, s.steps)
-    if layer == RULE:
-        inside = toy.means_inside(model, *toy.own_solutions(model, s))
-        layer = minibupo.target_layer(inside["d_mlp"])
-    layer = min(layer, s.n_layer - 1)  # of the smallest form, which has fewer
-    pi_theta = arm.change in ("frozen", "only the reset")  # learns in phase 1 as well
-    target = FULL if pi_theta else Policy(layer, arm.site)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
-    above = [*model.blocks[layer:].parameters(), *model.final_norm.parameters()]
-    moments, reward, held, seconds = {}, [], [], 0.0
-
-    def sample(step):
-        phase1 = step <= s_inter
-        if step == s_inter + 1:
-            optimizer.state.update(moments)  # after bupo's reset
-        if arm.change == "frozen":
-            for parameter in above:
-                parameter.requires_grad_(not phase1)
-        vars(model).pop("unembed", None)  # responses come from the model as it is
-        sampled_by = model.truncated(layer) if phase1 and arm.change == "on-policy" else model
-        batch = rollouts(s, sampled_by, step, arm.change == "finite set")
-        if phase1 and arm.change == "normed":  # the update reads H^l by way of the final norm
-            model.unembed = lambda h: type(model).unembed(model, model.final_norm(h))
-        return batch
-
-    train = ppo.bupo if arm.advantage == "ppo" else partial(bupo, advantage=arm.advantage)
+    started = time.process_time()
+    job = training(ARMS[name], seed, base, sizes)
+    s, model = job.s, job.model
+    reward, held = [], []
+    seconds = 0.0
     since = time.process_time()
-    for step, _, batch, _ in train(model, optimizer, sample, target, s_inter, s.steps):
+    for step, rollouts in ARMS[name].loop(job):
         seconds += time.process_time() - since
-        vars(model).pop("unembed", None)
-        if arm.change == "moments kept":
-            moments = dict(optimizer.state)
-        reward.append(float(batch.rewards.mean()))
+        reward.append(float(rollouts.rewards.mean()))
         if step % 5 == 0 or step == s.steps:
-            avg = toy.evaluate(model, s, [s.n], 64)[0][str(s.n)]["avg@8"]
-            held.append([step, seconds, avg])
+            tier = toy.evaluate(model, s, [s.n], 64)[0][str(s.n)]
+            held.append([step, seconds, tier["avg@8"]])
         since = time.process_time()
     final = toy.evaluate(model, s, [s.n, s.n + 1], s.eval_problems)[0]
-    found = {"n": s.n, "layer": layer, "reward": reward, "held": held, "final": final}
-    return found | {"seconds": time.process_time() - started}
+    return {
+        "n": s.n,
+        "layer": job.layer,
+        "reward": reward,
+        "held": held,
+        "final": final,
+        "seconds": time.process_time() - started,
+    }
+
+
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def area(line: dict) -> float:
-    """Held-out accuracy, mean over the run."""
+    """Return held-out accuracy, mean over the run."""
     return np.mean([avg for *_, avg in line["held"]])
 
 
-MEASURES = {  # of a line of results, the larger the better
+MEASURES = {  # of a record; larger is better
     "over the run": area,
     "at the end": lambda line: line["final"][str(line["n"])]["avg@8"],
     "at the end, n + 1": lambda line: line["final"][str(line["n"] + 1)]["avg@8"],
@@ -177,72 +299,68 @@ MEASURES = {  # of a line of results, the larger the better
 
 
 def at_equal_time(line: dict, control: dict) -> float:
-    """Arm - control over the run, the control taken when it had used as many processor seconds."""
+    """Return arm - control over the run, the control after as many processor seconds as the arm."""
     _, seconds, avg = np.array(line["held"]).T
     _, other_seconds, other_avg = np.array(control["held"]).T
     return np.mean(avg - np.interp(seconds, other_seconds, other_avg))
 
 
 def differences(lines: list[dict], name: str, difference) -> list[float]:
-    """Arm - control in points (hundredths), of each base the mean over its seeds."""
-    of = {(line["arm"], line["base"], line["seed"]): line for line in lines}
-    by_base = {}
-    for (arm, *pair), line in of.items():
-        control = of.get((ARMS[name].control, *pair))
-        if arm == name and control:
-            by_base.setdefault(pair[0], []).append(100 * float(difference(line, control)))
-    return [np.mean(by_base[base]) for base in sorted(by_base)]
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % t-interval of independent values, two or more."""
-    from experiments.compare import mean_interval  # here, since it needs the extra `bench`
-
-    return mean_interval(values)
+    """Return arm - control in points (hundredths), for each base model the mean over its seeds."""
+    found = common.differences(lines, name, ARMS[name].control, difference, unit="base")
+    return [100 * value for value in found]
 
 
 def report(lines: list[dict]) -> str:
-    """All contrasts as a Markdown table: mean ± half of the 95 % interval over bases, in points."""
+    """Return all contrasts as a Markdown table, in points with 95% intervals over base models."""
     contrasts = {
-        key: lambda line, control, read=read: read(line) - read(control)
-        for key, read in MEASURES.items()
-    } | {"at equal time": at_equal_time}
-    head = (
-        "runs of `python experiments/study.py`; ± half of the 95 % interval over bases, in points"
-    )
-    rows = [f"{len(lines)} of {len(plan())} {head}\n"]
-    rows.append("| arm - control | bases | " + " | ".join(contrasts) + " |")
-    rows.append("|" + "---|" * (2 + len(contrasts)))
+        name: lambda line, control, read=read: read(line) - read(control)
+        for name, read in MEASURES.items()
+    }
+    contrasts["at equal time"] = at_equal_time
+    rows = []
     for name, arm in ARMS.items():
         found = [differences(lines, name, contrast) for contrast in contrasts.values()]
         if found[0]:
-            cells = [f"{d[0]:+.1f}" for d in found]
-            if len(found[0]) > 1:
-                cells = ["{:+.1f} ± {:.1f}".format(*interval(d)) for d in found]
-            rows.append(f"| {name} - {arm.control} | {len(found[0])} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+            cells = [common.with_interval(values) for values in found]
+            rows.append([f"{name} - {arm.control}", len(found[0]), *cells])
+    table = common.markdown_table(["arm - control", "bases", *contrasts], rows)
+    return (
+        f"{len(lines)} runs of `python -m experiments.study`, whose plan has {len(plan())}; "
+        f"± half of the 95% interval over base models, in points\n\n{table}"
+    )
 
 
-def main():
-    """Pretrain and run what is missing; print the table."""
-    parser = argparse.ArgumentParser(description="The study of BuPO against GRPO on the toy task.")
+def main(argv=None):
+    """Pretrain and run what is missing; write and print the report."""
+    parser = argparse.ArgumentParser("study", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", type=Path, metavar="DIR", help="small and short, into DIR")
-    quick = parser.parse_args().quick
-    out, results, sizes, runs = ROOT / "out" / "study", RESULTS, SIZES, plan()
-    if quick:
-        arms = ("GRPO", "BuPO, rule", "GRPO, above 3 frozen", "BuPO, rule, normed", "PPO, BuPO")
-        out, results, sizes = quick, quick / "study.jsonl", QUICK
-        runs = [(name, 0, 300) for name in arms]
-    out.mkdir(parents=True, exist_ok=True)
-    bases, jobs = {}, []
+    parser.add_argument("--report", action="store_true", help="run nothing; only write the report")
+    args = parser.parse_args(argv)
+    if args.quick:
+        out, results, sizes = args.quick, args.quick / "study.jsonl", QUICK
+        runs = [(name, 0, 300) for name in QUICK_ARMS]
+    else:
+        out, results, sizes = common.ROOT / "out" / "study", RESULTS, SIZES
+        runs = plan()
+    if not args.report:
+        run_missing(out, results, sizes, runs)
+    common.save_report(results, report(common.read_lines(results)))
+
+
+def run_missing(out: Path, results: Path, sizes: dict, runs: list[tuple]):
+    """Make the runs that have no record yet, and before them the base models that they need."""
+    jobs = []
     for name, base, seed in runs:
-        W = ARMS[name].W
-        path, key = out / f"base{base}-W{W}.pt", {"arm": name, "base": base, "seed": seed}
-        bases[path] = toy.Settings(seed=base, internal_loss=W, **sizes)
-        jobs.append((key, run, name, seed, path, sizes))
+        path = out / f"base{base}-W{ARMS[name].W}.pt"
+        jobs.append(({"arm": name, "base": base, "seed": seed}, run, name, seed, path, sizes))
+    bases = {}
+    for key, _, name, _, path, _ in common.missing_jobs(results, jobs):
+        bases[path] = toy.Settings(seed=key["base"], internal_loss=ARMS[name].W, **sizes)
+    out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(make_base, bases, bases.values()))
-    save_report(results, report(run_missing(results, jobs)))
+    common.run_missing(results, jobs)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,39 @@
 """The same training by TRL's GRPOTrainer, for bench.py. Needs the extra `bench` (trl, datasets).
 
-How TRL is set up. Its model is transformers' Qwen3 with our very weights, in float32. Prompts,
+How TRL is set up: its model is transformers' Qwen3 with exactly our weights, in float32. Prompts,
 group size, mini-batches, response limit, temperature, reward, clip, group advantages, loss (TRL's
 "bnpo" is our average over the tokens of a mini-batch) and optimizer are ours. There is no reference
 model (beta = 0). What would only slow it down is off: gradient checkpointing, bfloat16, logging,
 saving, evaluation, progress bars. It samples by transformers' `generate` with its default cache,
-since vLLM needs a GPU. It scores rollouts in a pass of its own before the update, as we do.
+because vLLM needs a GPU. It scores rollouts in a separate pass before the update, as we do.
 
-Tried with TRL 1.16 at commit 07e9ae1, one thread, and no faster than a step of 1.5 s: a static
-cache 1.7 s, eager attention 1.6 s, torch_compile 1.6 s after 75 s of compiling, transformers'
-continuous batching 9 s, bfloat16 10 s.
+Other settings of TRL 1.16 were tried at commit 07e9ae1 on one thread. None was faster than a step
+of 1.5 s: a static cache took 1.7 s, eager attention 1.6 s, torch_compile 1.6 s after 75 s of
+compiling, transformers' continuous batching 9 s, bfloat16 10 s.
 """
 
-import os
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be fetched
-
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer
 
-import train_toy as toy  # noqa: E402
-from model import GPT  # noqa: E402
+import train_toy as toy
+from model import GPT
 
 MINIBATCHES = 4  # as in minibupo.update
 
 
 def same_weights(model: GPT, qwen3):
-    """Pairs (our weight, theirs). Where one matrix of ours is several of theirs, ours are views."""
+    """Yield pairs (our weight, theirs). If one of ours is several of theirs, ours are views."""
     c, theirs = model.cfg, dict(qwen3.named_parameters())
     yield model.embed.weight, theirs["model.embed_tokens.weight"]
     yield model.final_norm.weight, theirs["model.norm.weight"]
@@ -63,7 +60,7 @@ def same_weights(model: GPT, qwen3):
 
 @torch.no_grad()
 def to_qwen3(model: GPT) -> Qwen3ForCausalLM:
-    """A model, which must have QK-norm, no biases and tied embeddings, as transformers' Qwen3."""
+    """Return a model as transformers' Qwen3. It must have QK-norm, no biases, tied embeddings."""
     c = model.cfg
     config = Qwen3Config(
         vocab_size=c.vocab_size,
@@ -91,13 +88,13 @@ def to_qwen3(model: GPT) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def from_qwen3(model: GPT, qwen3):
-    """Copy the weights back."""
+    """Copy the weights of a Qwen3 back into our model."""
     for ours, theirs in same_weights(model, qwen3):
         ours.copy_(theirs)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The toy's characters for transformers; prompts are padded on the left."""
+    """Return a tokenizer of the toy's characters for transformers, which pads on the left."""
     ids = {c: i for i, c in enumerate(toy.CHARACTERS)} | {"<eos>": toy.EOS, "<pad>": toy.PAD}
     characters = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -106,16 +103,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def reward(prompts, completions, completion_ids, **_) -> list[float]:
-    """train_toy's verifier as TRL calls it: problems with their `=`, lists of response tokens."""
+    """Return train_toy's reward for problems with their `=` and lists of response tokens."""
     texts = [toy.ENCODING.decode(ids) for ids in completion_ids]
-    return [float(toy.is_right(p.removesuffix("="), text)) for p, text in zip(prompts, texts)]
+    return [float(toy.is_correct(p.removesuffix("="), text)) for p, text in zip(prompts, texts)]
 
 
 def train(s: toy.Settings, qwen3, steps: int, lr: float, reward_func, after_step):
     """Steps 1..steps of RL, on the questions that train_toy draws for them.
 
-    After each, between two optimizer steps of TRL's loop, after_step(step) is called. Training ends
-    early where it returns False."""
+    After each step, between two optimizer steps of TRL's loop, after_step(step) is called. Training
+    ends early if it returns False.
+    """
 
     class AfterStep(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -123,8 +121,10 @@ def train(s: toy.Settings, qwen3, steps: int, lr: float, reward_func, after_step
             if rest == 0 and after_step(step) is False:
                 control.should_training_stop = True
 
-    streams = [toy.stream(s.seed, "questions", step) for step in range(1, steps + 1)]
-    problems = [p for rng in streams for p in toy.draw_questions(rng, s.questions, s.n)]
+    problems = []
+    for step in range(1, steps + 1):
+        rng = toy.rng_for(s.seed, "questions", step)
+        problems += toy.draw_questions(rng, s.questions, s.n)
     optimizer = torch.optim.AdamW(qwen3.parameters(), lr=lr, fused=True)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with tempfile.TemporaryDirectory() as out:
@@ -142,7 +142,7 @@ def train(s: toy.Settings, qwen3, steps: int, lr: float, reward_func, after_step
 
 
 def trl_options(s: toy.Settings, out: str, steps: int) -> GRPOConfig:
-    """TRL's options for train_toy's hyper-parameters."""
+    """Return TRL's options for train_toy's hyper-parameters."""
     return GRPOConfig(
         # the same training
         max_steps=steps * MINIBATCHES,
@@ -162,7 +162,7 @@ def trl_options(s: toy.Settings, out: str, steps: int) -> GRPOConfig:
         max_grad_norm=1.0,
         shuffle_dataset=False,
         seed=s.seed,
-        # nothing that only costs time
+        # what only costs time is off
         output_dir=out,
         use_cpu=True,
         bf16=False,

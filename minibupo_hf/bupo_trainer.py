@@ -13,12 +13,12 @@ import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
 
-from minibupo_hf.adapter import HFModel, find_parts, truncated, watching
 from minibupo import entropy, target_layer
+from minibupo_hf.adapter import HFModel, find_parts, truncated, watching
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
     raise ImportError(
-        f'minibupo_hf/ needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"'
+        f'minibupo_hf needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"'
     )
 
 
@@ -28,13 +28,14 @@ class NoLayerError(ValueError):
 
 @dataclass
 class BuPOConfig(GRPOConfig):
-    """GRPOConfig with the two settings of phase 1. Raises ValueError for what cannot work in it."""
+    """GRPOConfig with the two settings of phase 1. Raises ValueError for options that phase 1
+    cannot work with."""
 
     bupo_layer: int | None = field(
         default=None,
         metadata={
-            "help": "layer l of phase 1, 1..L; without it the paper's rule picks one, on the first "
-            "responses that are scored"
+            "help": "layer l of phase 1, 1..L; if it is not given, the paper's rule picks one, on "
+            "the first responses that are scored"
         },
     )
     bupo_steps: int = field(
@@ -56,8 +57,8 @@ class BuPOConfig(GRPOConfig):
                 "off_policy_mask_threshold compares with vLLM's pi_theta, which phase 1 does not "
                 "train: leave it out, or set bupo_steps to 0"
             )
-        # In phase 1 the blocks above the layer have no gradient that DDP could wait for. It cannot
-        # look for them where checkpoints are reentrant.
+        # In phase 1 the blocks above the layer have no gradient that DDP could wait for. DDP cannot
+        # look for them if checkpoints are reentrant.
         self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
@@ -66,13 +67,14 @@ class BuPOConfig(GRPOConfig):
 class BuPOTrainer(GRPOTrainer):
     """GRPOTrainer with phase 1 (Eq. 10) on the first `bupo_steps` batches of rollouts (Eq. 11).
 
-    What it logs of phase 1 as `entropy`, `kl` and `clip_ratio` is the internal policy's. Raises
-    ValueError for a layer that is not there and, but under DeepSpeed, a model that HFModel refuses.
+    What it logs in phase 1 as `entropy`, `kl` and `clip_ratio` is the internal policy's. Raises
+    ValueError for an invalid layer and, except under DeepSpeed, for a model that HFModel refuses.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.layer, self.phase = self.args.bupo_layer, 2
+        self.layer = self.args.bupo_layer
+        self.phase = 2
         if self.args.bupo_steps == 0:
             return
         lm = self.accelerator.unwrap_model(self.model)
@@ -82,68 +84,87 @@ class BuPOTrainer(GRPOTrainer):
         if self.is_deepspeed_enabled and self.args.weight_decay:
             # DeepSpeed gives weights without a gradient one of 0
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
-        # FSDP may load weights in one process alone; DeepSpeed may have them in pieces already
+        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
         if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
             HFModel(lm)  # raises what it refuses
 
     def _generate_and_score_completions(self, inputs):
-        # The phase is settled where rollouts are made, and holds for all steps on them. So old and
-        # new log-probabilities are of one policy. After a resume global_step goes on, TRL's own
-        # count of steps does not.
+        # The phase is fixed when the rollouts are generated, and holds for all steps on them. So
+        # old and new log-probabilities are the same policy's.
         if self.args.bupo_steps and self.model.training:
-            per_batch = self.args.steps_per_generation * self.num_iterations
-            micro_steps = self.state.global_step * self.args.gradient_accumulation_steps
-            left = self.args.bupo_steps * per_batch - micro_steps
-            self.phase = 1 if left > 0 else 2
-            if -self.args.gradient_accumulation_steps < left <= 0:
-                # The first optimizer step of phase 2. As in minibupo.bupo: moments that remember
-                # phase 1's larger gradient make the first steps of phase 2 too small.
-                self.optimizer.state.clear()
-            # It would weigh pi_Layer^l against vLLM's pi_theta, and nearly every weight would be 0.
-            self.vllm_importance_sampling_correction = (
-                self.args.vllm_importance_sampling_correction and self.phase == 2
-            )
-            self._metrics["train"]["bupo/phase"].append(float(self.phase))
+            self._begin_batch()
         return super()._generate_and_score_completions(inputs)
+
+    def _begin_batch(self):
+        """Set the phase of the batch of rollouts that comes next."""
+        # In mini-batches. After a resume global_step goes on, TRL's own count of steps does not.
+        done = self.state.global_step * self.args.gradient_accumulation_steps
+        phase_1 = self.args.bupo_steps * self.args.steps_per_generation * self.num_iterations
+        first_step_of_phase_2 = phase_1 <= done < phase_1 + self.args.gradient_accumulation_steps
+
+        self.phase = 1 if done < phase_1 else 2
+        if first_step_of_phase_2:
+            # As in minibupo.phases: moments that remember phase 1's larger gradient make the first
+            # steps of phase 2 too small.
+            self.optimizer.state.clear()
+        # It would weigh pi_Layer^l against vLLM's pi_theta, and nearly every weight would be 0.
+        self.vllm_importance_sampling_correction = (
+            self.args.vllm_importance_sampling_correction and self.phase == 2
+        )
+        self._metrics["train"]["bupo/phase"].append(float(self.phase))
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         score = super()._get_per_token_logps_and_entropies
         if self.phase == 2 or not self.model.training:
             return score(model, *args, **kwargs)
         if self.layer is None:
-            logged = [log["bupo/layer"] for log in self.state.log_history if "bupo/layer" in log]
-            self.layer = logged[0] if logged else self._layer_by_rule(model, *args, **kwargs)
+            self.layer = self._logged_layer() or self._layer_by_rule(model, *args, **kwargs)
         with truncated(self.accelerator.unwrap_model(model), self.layer):
             return score(model, *args, **kwargs)
 
+    def _logged_layer(self) -> int | None:
+        """The layer that the rule has picked before a resume."""
+        logged = [log["bupo/layer"] for log in self.state.log_history if "bupo/layer" in log]
+        return logged[0] if logged else None
+
+    def _layer_by_rule(self, model, *args, **kwargs) -> int:
+        """The layer that minibupo.target_layer picks on these responses; noted in the log."""
+        dH_mlp = self._measure_dH_mlp(model, *args, **kwargs)
+        try:
+            layer = target_layer(dH_mlp)
+        except ValueError as error:
+            raise NoLayerError(f"{error}; choose one with bupo_layer") from None
+        log = {"bupo/layer": layer, "bupo/dH_mlp": dH_mlp.tolist(), "step": self.state.global_step}
+        self.state.log_history.append(log)
+        return layer
+
     @torch.no_grad()
-    def _layer_by_rule(self, model, input_ids, attention_mask, keep, batch_size=None, **_) -> int:
-        """minibupo.target_layer on these responses, of all ranks; noted in the log."""
+    def _measure_dH_mlp(self, model, input_ids, attention_mask, keep, batch_size=None, **_):
+        """look_inside's dH_mlp (L,), the mean over the response positions of all ranks."""
         lm = self.accelerator.unwrap_model(model)
-        decoder, blocks, _ = find_parts(lm)
-        unembed, batch, changes = lm.get_output_embeddings(), batch_size or len(input_ids), []
-        # About 64 positions are unembedded at a time; in as many pieces on every rank, since ZeRO-3
-        # gathers the unembedding for each.
+        decoder, blocks_name, _ = find_parts(lm)
+        blocks = getattr(decoder, blocks_name)
+        unembed = lm.get_output_embeddings()
+        batch = batch_size or len(input_ids)
+        # About 64 positions are unembedded at a time. Every rank takes as many pieces, because
+        # ZeRO-3 gathers the unembedding for each.
         pieces = 1 + batch * self.max_completion_length // 64
+        changes = []  # a sum over positions for each layer of each batch
 
         def add(trace):  # of one layer, for the rows that run, whose response is mask
-            read, wrote = (h[:, -keep - 1 : -1][mask] for h in (trace.mlp_in, trace.mlp_out))
-            parts = zip(wrote.tensor_split(pieces), read.tensor_split(pieces))
-            changes.append(sum((entropy(unembed(w)) - entropy(unembed(r))).sum() for w, r in parts))
+            change = 0.0
+            read = trace.mlp_in[:, -keep - 1 : -1][mask].tensor_split(pieces)
+            wrote = trace.mlp_out[:, -keep - 1 : -1][mask].tensor_split(pieces)
+            for r, w in zip(read, wrote):
+                change += (entropy(unembed(w)) - entropy(unembed(r))).sum()
+            changes.append(change)
 
-        with watching(decoder._modules[blocks], add), self.accelerator.autocast():
+        with watching(blocks, add), self.accelerator.autocast():
             for rows, seen in zip(input_ids.split(batch), attention_mask.split(batch)):
                 mask = seen[:, -keep:].bool()
                 # the wrapped model is called, so that sharded weights are gathered
                 model(input_ids=rows, attention_mask=seen, use_cache=False, logits_to_keep=1)
-        changes = torch.stack(changes).view(-1, len(decoder._modules[blocks])).sum(0)
-        sums = torch.cat([changes, attention_mask[:, -keep:].sum()[None]])  # and the positions
-        sums = self.accelerator.reduce(sums)
-        d_mlp = sums[:-1] / sums[-1]
-        try:
-            layer = target_layer(d_mlp)
-        except ValueError as error:
-            raise NoLayerError(f"{error}; choose one with bupo_layer") from None
-        log = {"bupo/layer": layer, "bupo/d_mlp": d_mlp.tolist(), "step": self.state.global_step}
-        self.state.log_history.append(log)
-        return layer
+        changes = torch.stack(changes).view(-1, len(blocks)).sum(0)
+        positions = attention_mask[:, -keep:].sum()
+        sums = self.accelerator.reduce(torch.cat([changes, positions[None]]))
+        return sums[:-1] / sums[-1]

@@ -1,11 +1,13 @@
 """Train a language model by BuPO, with TRL's own command line.
 
-    python -m minibupo_hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 20 --bupo_steps 4 \
-        --output_dir out/qwen --max_steps 20 --num_generations 8 --max_completion_length 4
+    python -m minibupo_hf.train --model_name_or_path Qwen/Qwen3-0.6B --bupo_layer 20 \
+        --bupo_steps 4 --output_dir out/qwen --max_steps 20 --num_generations 8 \
+        --max_completion_length 4
 
-Also under `accelerate launch -m minibupo_hf.train` and `torchrun -m minibupo_hf.train`. Options of GRPOConfig and
-ModelConfig (but 4 and 8 bits) are options here, too. Without --dataset_name the task is arithmetic,
-which needs no download: answers can be verified, and every fifth problem is held out to evaluate.
+`accelerate launch -m minibupo_hf.train` and `torchrun -m minibupo_hf.train` work, too. All options
+of GRPOConfig and ModelConfig are options here, except 4 and 8 bits. Without --dataset_name the task
+is arithmetic, which needs no download: its answers can be verified, and every fifth problem is held
+out for evaluation.
 """
 
 import os
@@ -14,22 +16,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-try:
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetsError
-    from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
-    from trl.rewards import accuracy_reward
-
-    from minibupo_hf.adapter import load_lm
-    from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer, NoLayerError
-except ImportError as error:
-    sys.exit(f'minibupo_hf.train needs pip install -e ".[hf]": {error}')
+# What belongs to the extra `hf` is imported in the functions, so that without it `main` can say so.
 
 
 @dataclass
-class TaskArguments(ScriptArguments):
+class TaskArguments:
     """What is trained on: a data set of TRL's kind, or the built-in arithmetic."""
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "hub name or directory of a data set; without it arithmetic"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the set"})
+    dataset_train_split: str = field(default="train", metadata={"help": "split to train on"})
+    dataset_test_split: str = field(default="test", metadata={"help": "split to evaluate on"})
     digits: int = field(default=1, metadata={"help": "arithmetic: digits of both numbers"})
     operations: str = field(default="+*", metadata={"help": "arithmetic: some of + - *"})
     eval_problems: int = field(default=64, metadata={"help": "arithmetic: problems to evaluate on"})
@@ -37,46 +37,52 @@ class TaskArguments(ScriptArguments):
 
 # ---- the built-in task ---------------------------------------------------------------------------
 
-# of one digit, of more
+# worked examples of one digit, and of more
 WORKED = {"+": ("3+4=7", "23+45=68"), "-": ("7-4=3", "68-45=23"), "*": ("2*4=8", "12*13=156")}
+CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 def arithmetic(digits: int, operations: str):
     """(training set, held-out set) with columns prompt and answer; no problem is in both.
 
-    A prompt is worked examples and a question, "3+4=7\\n2*4=8\\n6+5=": a base model does not know
-    otherwise what it is asked. Raises ValueError for other operations, or digits not in 1..3.
+    A prompt is worked examples and a question, "3+4=7\\n2*4=8\\n6+5=". Without examples, a base
+    model cannot tell what is being asked. Raises ValueError for other operations, or digits not in
+    1..3.
     """
+    from datasets import Dataset
+
     known = operations and set(operations) <= set(WORKED)
-    each_once = len(set(operations)) == len(operations)  # else held-out problems would be trained
+    # an operation given twice would put held-out problems into the training set
+    each_once = len(set(operations)) == len(operations)
     if not known or not each_once or digits not in (1, 2, 3):
         raise ValueError(
             f"operations must be some of {' '.join(WORKED)} and digits 1, 2 or 3, not "
             f"{operations!r} and {digits}"
         )
     examples = "".join(WORKED[op][0 if digits == 1 else 1] + "\n" for op in operations)
-    low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
-    every = torch.cartesian_prod(
-        torch.arange(len(operations)), torch.arange(low, high), torch.arange(low, high)
-    )
+    low = 0 if digits == 1 else 10 ** (digits - 1)
+    numbers = torch.arange(low, 10**digits)
+    every = torch.cartesian_prod(torch.arange(len(operations)), numbers, numbers)
     mixed = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))][:20_000]
-    calculate = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     rows = []
     for op, a, b in mixed.tolist():
         question = f"{a}{operations[op]}{b}="
-        answer = str(calculate[operations[op]](a, b))
+        answer = str(CALCULATE[operations[op]](a, b))
         if question + answer not in examples.split():
             rows.append({"prompt": examples + question, "answer": answer})
-    return Dataset.from_list(rows[len(rows) // 5 :]), Dataset.from_list(rows[: len(rows) // 5])
+    held_out = len(rows) // 5
+    return Dataset.from_list(rows[held_out:]), Dataset.from_list(rows[:held_out])
 
 
 def right_answer(completions, answer, **_) -> list[float]:
-    """1 where the first line of a completion is the answer, else 0."""
+    """1 if the first line of a completion is the answer, else 0."""
     return [float(text.split("\n")[0].strip() == a) for text, a in zip(completions, answer)]
 
 
 def right_mathematics(completions, **columns) -> list[float | None]:
     """TRL's reward by math-verify, for a data set. It reads chats, so plain text becomes one."""
+    from trl.rewards import accuracy_reward
+
     chats = [[{"content": c}] if isinstance(c, str) else c for c in completions]
     return accuracy_reward(chats, **columns)
 
@@ -85,11 +91,16 @@ def right_mathematics(completions, **columns) -> list[float | None]:
 
 
 def read_data(task: TaskArguments, evaluate: bool):
-    """(training set, evaluation set or None, reward). Raises ValueError for what is not there."""
+    """(training set, evaluation set or None, reward). Raises ValueError for an invalid task, or for
+    a data set that cannot be read or lacks a split or column."""
     if task.dataset_name is None:
         train, held_out = arithmetic(task.digits, task.operations)
         held_out = held_out.select(range(min(task.eval_problems, len(held_out))))
         return train, held_out if evaluate else None, right_answer
+
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     try:
         data = load_dataset(task.dataset_name, task.dataset_config)
     except (OSError, ValueError, DatasetsError) as error:
@@ -106,8 +117,19 @@ def read_data(task: TaskArguments, evaluate: bool):
     return data[splits[0]], data[splits[1]] if evaluate else None, right_mathematics
 
 
-def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
-    """Everything up to training. Raises ValueError or ImportError with one sentence."""
+def make_trainer(argv):
+    """(BuPOTrainer, BuPOConfig): everything up to training.
+
+    Raises ValueError or ImportError with one sentence.
+    """
+    try:
+        from trl import ModelConfig, TrlParser, get_peft_config
+
+        from minibupo_hf.adapter import load_lm
+        from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
+    except ImportError as error:
+        raise ImportError(f'it needs pip install -e ".[hf]": {error}') from error
+
     parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
     if not torch.accelerator.is_available():
         # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin. Without use_cpu
@@ -117,10 +139,8 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
     task, config, model = parser.parse_args_and_config(argv)
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
-    if model.load_in_4bit or model.load_in_8bit or task.dataset_streaming:
-        raise ValueError(
-            "load_in_4bit, load_in_8bit and dataset_streaming are not for minibupo_hf.train"
-        )
+    if model.load_in_4bit or model.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are not for minibupo_hf.train")
     if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
         raise ValueError("beta needs a reference model, which TRL cannot read from a .gguf file")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
@@ -143,12 +163,15 @@ def make_trainer(argv) -> tuple[BuPOTrainer, BuPOConfig]:
 
 
 def main(argv=None) -> int:
-    """Train, evaluate and save; 2 after an error of the user's."""
+    """Train, evaluate and save; return 2 after a user error."""
     try:
         trainer, config = make_trainer(argv)
     except (ValueError, ImportError) as error:
         print(f"minibupo_hf.train: {error}", file=sys.stderr)
         return 2
+
+    from minibupo_hf.bupo_trainer import NoLayerError
+
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except NoLayerError as error:

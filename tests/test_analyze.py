@@ -1,20 +1,25 @@
-"""analyze.py and experiments/compare.py: numbers against direct computations in float64, every
-command on whole, stopped and damaged runs, and the web page of the lens in a real browser."""
+"""analyze.py: numbers against direct computations in float64, every command on complete, stopped and
+damaged runs, and the web page of the lens in a real browser."""
 
+import errno
 import html
 import json
+import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
-from itertools import combinations, product
+from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import NO_PHASE_1, tiny
+from conftest import tiny
 
 import analyze
 import minibupo
@@ -25,11 +30,31 @@ PROMPT, TEXT = "7+5*3=", "2*3=6<eos>"
 
 
 def run(*argv):
-    return analyze.main([*map(str, argv), "--device", "cpu"])
+    return analyze.main([argv[0], "--device", "cpu", *map(str, argv[1:])])
 
 
-def subject(path, chosen="base"):
-    return analyze.read_run(path, chosen, device="cpu")
+def subject(path, checkpoint="base"):
+    return analyze.Run(path, checkpoint, device="cpu")
+
+
+def opened(*argv):
+    """What the command line says to look at."""
+    found = {}
+
+    def look(subject, **options):
+        """Do nothing."""
+        found["subject"] = subject
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(analyze.COMMANDS, argv[0], look)
+        assert run(*argv) == 0
+    return found["subject"]
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are drawn but not rendered, which takes most of the time. Their files are empty."""
+    monkeypatch.setattr(analyze.Figure, "savefig", lambda *_, **options: None)
 
 
 # ---- entropy, writes ----
@@ -45,7 +70,7 @@ def entropy64(h, E):
     return np.array(values)
 
 
-def test_entropy_json_is_the_direct_computation(finished, tmp_path):
+def test_entropy_json_is_the_direct_computation(finished, tmp_path, unrendered):
     options = ["--prompt", PROMPT, "--text", TEXT, "--out", tmp_path]
     assert run("entropy", finished, *options) == 0
     found = json.loads((tmp_path / "entropy.json").read_text())
@@ -65,21 +90,23 @@ def test_entropy_json_is_the_direct_computation(finished, tmp_path):
         expected[name] = [entropy64(x, E) for x in streams]
     for name, part in (("attn", "attn_out"), ("attn_in",) * 2, ("mlp", "mlp_out"), ("mlp_in",) * 2):
         expected[name] = [entropy64(h(getattr(trace, part)), E) for trace in traces]
-    expected["d_mlp"] = np.subtract(expected["mlp"], expected["mlp_in"])
-    expected["d_layer"] = np.diff(expected["layer"], axis=0)
+    expected["dH_mlp"] = np.subtract(expected["mlp"], expected["mlp_in"])
+    expected["dH_layer"] = np.diff(expected["layer"], axis=0)
     assert found["positions"] == M and found["log_vocab"] == pytest.approx(np.log(16))
     for name, values in expected.items():
         values = np.array(values)
         np.testing.assert_allclose(found[name], values.mean(1), atol=1e-4)
         np.testing.assert_allclose(found[f"{name}_sem"], values.std(1, ddof=1) / M**0.5, atol=1e-4)
         np.testing.assert_allclose(found[f"{name}_median"], np.median(values, 1), atol=1e-4)
-    raising = [l for l in (1, 2) if expected["d_mlp"][l - 1].mean() > 0]
+    raising = [l for l in (1, 2) if expected["dH_mlp"][l - 1].mean() > 0]
     assert found["target_layer"] == (raising[-1] if raising else None)
 
 
-def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_widens(copied, capsys):
+def test_one_position_has_no_standard_error_and_narrowing_ffns_no_target_layer(
+    copied, capsys, unrendered
+):
     model = toy.load_model(copied / "base.pt")
-    for block in model.blocks:  # an FFN that writes one vector with a huge logit is sure
+    for block in model.blocks:  # an FFN that writes one vector with a huge logit is confident
         torch.nn.init.constant_(block.mlp.down.weight, 0.0)
         block.mlp.down.weight.data[0] = 1e3
     toy.save_checkpoint(copied / "base.pt", model)
@@ -89,7 +116,7 @@ def test_no_standard_error_of_one_position_and_no_target_layer_where_no_ffn_wide
     assert (found["positions"], found["layer_sem"], found["target_layer"]) == (1, None, None)
 
 
-def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys):
+def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys, unrendered):
     """The model of a run, saved as a Qwen3 of transformers, gives what the run gives."""
     pytest.importorskip("trl", reason="the extra `hf` is not installed")
     from experiments import trl_peer
@@ -97,14 +124,15 @@ def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys)
     qwen3 = tmp_path / "qwen3"
     trl_peer.to_qwen3(toy.load_model(finished / "base.pt")).save_pretrained(qwen3)
     trl_peer.tokenizer().save_pretrained(qwen3)
-    for command, *options in (
+    commands = (
         ("writes", "--text", "2*3=6"),
         ("lens", "--text", "2*3=6"),
         ("step", "--layer", "2", "--responses", "2", "31", "--rewards", "1", "0"),
-        ("sample", "--layer", "2"),
-    ):
-        for of, out in (finished, "run"), (qwen3, "lm"):
-            assert run(command, of, PROMPT, *options, "--out", tmp_path / out) == 0
+    )
+    for source, out in (finished, "run"), (qwen3, "lm"):
+        for command, *options in commands:
+            assert run(command, source, PROMPT, *options, "--out", tmp_path / out) == 0
+        assert run("sample", source, PROMPT, "--layer", "2") == 0
 
     def wrote(name):  # by the run, by the language model
         return [(tmp_path / out / name).read_text() for out in ("run", "lm")]
@@ -112,7 +140,7 @@ def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys)
     ours, theirs = map(json.loads, wrote("entropy.json"))
     for name, values in ours.items():
         assert theirs[name] == pytest.approx(values, abs=1e-4), name
-    words = '"read":["=","2","*","3","="],"said":["2","*","3","=","6"]'
+    words = '"tokens":["=","2","*","3","="],"next_tokens":["2","*","3","=","6"]'
     assert all(words in page for page in wrote("lens.html"))
     ours, theirs = (text.splitlines() for text in wrote("step.txt"))
     assert ours[:5] == theirs[:5]  # question, rewards, advantages
@@ -122,27 +150,58 @@ def test_a_language_model_is_looked_into_as_a_run_is(finished, tmp_path, capsys)
     assert run("entropy", qwen3, PROMPT, "--checkpoint", "base") == 2
     assert run("entropy", qwen3) == run("sample", qwen3, PROMPT) == 2  # no prompt, no layer
 
-    args = analyze.parse_arguments(["entropy", str(qwen3), PROMPT, "--dtype", "bfloat16"])
-    read = analyze.read_subject(args)
-    assert read.load(read.chosen).lm.dtype == torch.bfloat16 and read.eos_id == toy.EOS
+    read = opened("entropy", qwen3, PROMPT, "--dtype", "bfloat16")
+    assert read.load().lm.dtype == torch.bfloat16 and read.eos_id == toy.EOS
+    assert run("entropy", finished, "--dtype", "bfloat16") == 2  # a run has its own
 
 
 def test_what_a_language_model_is(finished, tmp_path, monkeypatch):
-    """A name on the hub, safetensors or a file; but not a run, nor a path that is mistyped."""
-    (tmp_path / "model.safetensors").touch()
-    found = SimpleNamespace(folder=tmp_path / "of a language model")
-    monkeypatch.setattr(analyze, "read_language_model", lambda *_: found)
+    """A name on the hub, a directory with weights or a .gguf file; but not a run."""
+    for file in "model.safetensors", "tiny.gguf", "older/pytorch_model.bin":
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr(analyze, "PretrainedModel", lambda source, *_: f"read from {source}")
+    for name in "Qwen/Qwen3-0.6B", tmp_path, tmp_path / "older", tmp_path / "tiny.gguf":
+        assert opened("entropy", name, PROMPT) == f"read from {name}"
+    assert opened("entropy", finished, PROMPT).folder == finished / "figures"
 
-    def read(name):
-        args = analyze.parse_arguments(["entropy", str(name), PROMPT])
-        return analyze.read_subject(args).folder
 
-    for name in "Qwen/Qwen3-0.6B", tmp_path, tmp_path / "model.safetensors":
-        assert read(name) == found.folder
-    assert read(finished) == finished / "figures"
-    monkeypatch.chdir(tmp_path.parent)
-    with pytest.raises(ValueError, match="neither a run nor a language model"):
-        read(f"{tmp_path.name}/none")
+NO_HUB = """entropy out/bupo-seed0 7+5=
+lens out/bupo-seed0/ 7+5=
+all out/bupo-seed0
+step results/bupo-seed0
+entropy ./results/bupo 7+5=
+entropy models/qwen.gguf 7+5=
+lens somewhere/else/bupo 7+5="""
+
+
+@pytest.mark.parametrize("line", NO_HUB.splitlines())
+def test_the_right_command_in_the_wrong_directory(tmp_path, monkeypatch, capsys, line):
+    """It is refused without asking the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(analyze, "PretrainedModel", None)
+    assert run(*line.split()) == 2
+    directory = line.split()[1]
+    assert capsys.readouterr().err.startswith(f"analyze.py: there is no directory {directory} here")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("the extra is missing"), ValueError("no such model"), OSError("no network")],
+)
+def test_a_name_that_the_hub_does_not_have(monkeypatch, capsys, error):
+    def fail(source, *_):
+        raise error
+
+    monkeypatch.setattr(analyze, "PretrainedModel", fail)
+    assert run("lens", "runs/bupo-seed0", PROMPT) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("analyze.py: there is no directory runs/bupo-seed0 here")
+    assert printed.endswith(f"{error}\n") and printed.count("\n") == 1
+    for argv in ["all"], ["step"], ["entropy", "--checkpoint", "base"]:  # these look like a run's
+        assert run(argv[0], "runs/bupo-seed0", *argv[1:]) == 2
+        assert capsys.readouterr().err.startswith("analyze.py: there is no directory")
 
 
 # ---- step ----
@@ -150,17 +209,18 @@ def test_what_a_language_model_is(finished, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("policy", [Policy(2), FULL])
 def test_step_is_a_step(finished, policy):
-    """The table's numbers against log-probabilities, gradients and an AdamW step by hand."""
-    of, args = subject(finished), analyze.parse_arguments(["step", str(finished)])
-    model, lr = of.load("base"), 1e-3
-    rollouts = analyze.one_question(of, model, args)
-    numbers, columns = analyze.one_step(of.load("base"), rollouts, policy, lr)
+    """A StepResult against log-probabilities, gradients and an AdamW step by hand."""
+    run_dir = subject(finished)
+    model = run_dir.load()
+    lr = 1e-3
+    rollouts = run_dir.first_mixed_question(model)
+    result = analyze.one_step(run_dir.load(), rollouts, policy, lr)
     rewards = rollouts.rewards[0]
     assert rollouts.rewards.shape == (1, 8) and 0 < rewards.mean() < 1
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
 
     def logprobs():
-        for row, start, end in zip(*rollouts[:3]):
+        for row, start, end in zip(rollouts.tokens, rollouts.prompt_len, rollouts.end):
             logits = minibupo.policy_logits(model, row[None, : end - 1], policy)[0, start - 1 :]
             yield logits.log_softmax(-1).gather(-1, row[start:end, None])[:, 0]
 
@@ -168,47 +228,63 @@ def test_step_is_a_step(finished, policy):
     tokens = sum(map(len, old))
     loss = -sum(A * (p - p.detach()).exp().sum() for A, p in zip(advantages, old)) / tokens
     loss.backward()
-    assert float(numbers["loss before the step"]) == pytest.approx(loss.item(), abs=1e-4)
-    assert numbers["ratios before the step"] == "1 .. 1"
-    low, high = map(float, numbers["ratios after the step"].split(" .. "))
-    assert low < high
+    assert result.policy == policy and result.loss_before == pytest.approx(loss.item(), abs=1e-6)
     square = sum(float(p.grad.square().sum()) for p in model.blocks[0].parameters())
-    assert float(numbers["  layer 1"]) == pytest.approx(square**0.5, rel=1e-3)
-    none = numbers["  layer 3"] == numbers["  final_norm.weight"] == "none"
-    assert none == (model.final_norm.weight.grad is None) == (policy != FULL)
+    assert result.gradient_norms["layer 1"] == pytest.approx(square**0.5, rel=1e-4)
+    above = [result.gradient_norms[part] is None for part in ("layer 3", "final_norm.weight")]
+    assert above == [policy != FULL] * 2
+    assert (model.final_norm.weight.grad is None) == (policy != FULL)
 
     torch.optim.AdamW(model.parameters(), lr=lr).step()
-    new, cut_off = list(logprobs()), 0
-    for i, A in enumerate(advantages):
-        for t, p, q in zip(range(5, 99), old[i].tolist(), new[i].tolist()):
-            *shown, cut = columns.pop((i, t)).split()
-            assert [float(x) for x in shown[:2]] == pytest.approx([p, q], abs=0.01)
-            r = float(shown[2])
-            assert r == pytest.approx(np.exp(q - p), rel=0.05)
-            on_the_edge = min(abs(r - 0.8), abs(r - 1.2)) < 0.01
-            assert (cut == "yes") == (r > 1.2 if A > 0 else r < 0.8) or on_the_edge
-            cut_off += cut == "yes"
-    assert not columns and numbers["tokens cut off after the step"] == f"{cut_off} of {tokens}"
+    new = list(logprobs())
+    total = 0.0
+    rows = zip(advantages, old, new, rollouts.prompt_len, rollouts.end)
+    for i, (A, p, q, start, end) in enumerate(rows):
+        at = slice(start - 1, end - 1)
+        p = p.detach()
+        q = q.detach()
+        assert result.mask[i, at].all() and result.mask[i].sum() == end - start
+        # AdamW divides by the gradient's size, so that rounding of tiny gradients shows
+        torch.testing.assert_close(result.old_logp[i, at], p, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(result.new_logp[i, at], q, atol=0.01, rtol=0.01)
+        torch.testing.assert_close(result.ratio[i, at], (q - p).exp(), atol=0.02, rtol=0.05)
+        r = result.ratio[i, at]
+        assert torch.equal(result.clipped[i, at], r > 1.2 if A > 0 else r < 0.8)
+        total += float(torch.minimum(r * A, r.clamp(0.8, 1.2) * A).sum())
+    assert not result.clipped[~result.mask].any()
+    assert result.loss_after == pytest.approx(-total / tokens, abs=1e-5)
 
 
 def test_step_of_given_responses(copied, capsys):
-    """The table in two phases, of a best response and a worst one; the run stays as it was."""
+    """The table shows both phases, of a best response and a worst one; the run stays as it was."""
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     options = ["--responses", "2<eos>", "13<eos>", "4<eos>", "--rewards", "1", "0", "1"]
     assert run("step", copied, "7+5=", *options) == 0
+    assert before == {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
     printed = capsys.readouterr().out
     assert (copied / "figures" / "step.txt").read_text() in printed
     assert "+0.577   2<eos>" in printed and "-1.155   13<eos>" in printed
-    tokens = [line.split() for line in printed.splitlines() if re.match(r"\S+ +[+-]\d\.", line)]
-    assert " ".join(row[0] for row in tokens) == "2 <eos> 1 3 <eos>"
-    assert all(len(row) == 10 for row in tokens)
-    of, args = subject(copied), ["step", str(copied), "7+5=", *options]
-    rollouts = analyze.one_question(of, of.load("base"), analyze.parse_arguments(args))
-    for row, at in (tokens[0], (0, 3)), (tokens[-1], (1, 5)):  # each phase from the base's weights
-        for policy, shown in (Policy(2), row[2:6]), (FULL, row[6:]):
-            columns = analyze.one_step(of.load("base"), rollouts, policy, of.settings.lr)[1]
-            assert columns[at].split() == shown
-    assert before == {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+
+    results = analyze.step(subject(copied), "7+5=", ["2<eos>", "13<eos>", "4<eos>"], [1.0, 0, 1.0])
+    assert [result.policy for result in results] == [Policy(2), FULL]
+    assert capsys.readouterr().out == printed
+    lines = [line.split() for line in printed.splitlines()]
+    for label, *numbers in (
+        ("loss after the step", *(f"{result.loss_after:.5f}" for result in results)),
+        ("tokens clipped after the step", *(f"{result.clipped.sum()} of 7" for result in results)),
+        ("  layer 3", "none", f"{results[1].gradient_norms['layer 3']:.4f}"),
+    ):
+        assert " ".join([label, *numbers]).split() in lines
+    rows = [row for row in lines if len(row) == 10 and row[1] in ("+0.577", "-1.155")]
+    assert [row[0] for row in rows] == ["2", "<eos>", "1", "3", "<eos>"]
+    for row, at in zip(rows, [(0, 3), (0, 4), (1, 3), (1, 4), (1, 5)]):
+        for result, shown in zip(results, (row[2:6], row[6:])):
+            values = [f"{x[at]:.4f}" for x in (result.old_logp, result.new_logp)]
+            assert shown == [
+                *values,
+                f"{result.ratio[at]:.3g}",
+                "no yes".split()[result.clipped[at]],
+            ]
 
 
 # ---- lens ----
@@ -232,15 +308,30 @@ def test_lens_cells_are_the_policies():
 
 def test_lens_takes_any_token(copied, tmp_path):
     """Dollar signs are text and no formulas, and nothing of the data can end the page's script."""
-    of, args = subject(copied), analyze.parse_arguments(["lens", str(copied), PROMPT])
-    of.folder, model = tmp_path, of.load("base")
-    tokens, mask = analyze.looked_at(of, model, args)  # the greedy answer, up to EOS
+    run_dir = subject(copied)
+    run_dir.folder = tmp_path
+    model = run_dir.load()
+    tokens, mask = analyze.tokens_to_look_at(run_dir, model, PROMPT)  # the greedy answer, up to EOS
     assert torch.equal(model(tokens[:, :-1]).argmax(-1)[mask], tokens[:, 1:][mask])
     assert toy.EOS not in tokens[0, :-1]
-    of.decode = lambda ids: ["$a_{$", "</script>", "$$", "\n", " x", "extraordinarily"][ids[0] % 6]
-    analyze.lens(of, args)
+    words = ["$a_{$", "</script>", "$$", "\n", " x", "extraordinarily"]
+    run_dir.decode = lambda ids: words[ids[0] % 6]
+    analyze.lens(run_dir, PROMPT)
     page = (tmp_path / "lens.html").read_text()
     assert page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
+    assert '"note":""' in page  # no policy says <pad>
+
+
+def test_lens_explains_a_padding_token(copied, monkeypatch, unrendered):
+    """If a policy says <pad>, the page and the picture explain it."""
+    lines = []
+    monkeypatch.setattr(analyze.Figure, "supxlabel", lambda _, text, **style: lines.append(text))
+    run_dir = subject(copied)
+    run_dir.decode = lambda ids: toy.ENCODING.decode(ids).replace("4", "<pad>")
+    analyze.lens(run_dir, PROMPT, TEXT)
+    page = (copied / "figures" / "lens.html").read_text()
+    assert json.dumps(analyze.PAD_NOTE).replace("<", "\\u003c") in page
+    assert lines == [analyze.PAD_NOTE]
 
 
 # What a reader does to the page: points at a cell, moves the slider, presses keys. After each note
@@ -269,7 +360,7 @@ make("pre", JSON.stringify(found), document.body).id = "found";
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_lens_page_in_a_browser(finished, tmp_path):
+def test_lens_page_in_a_browser(finished, tmp_path, unrendered):
     assert run("lens", finished, PROMPT, "--text", TEXT, "--out", tmp_path) == 0
     page = tmp_path / "lens.html"
     page.write_text(page.read_text().replace("</script>\n</body>", READER))
@@ -278,15 +369,17 @@ def test_lens_page_in_a_browser(finished, tmp_path):
     dom = subprocess.run(browser, capture_output=True, text=True, check=True).stdout
     found = json.loads(html.unescape(re.search('<pre id="found">(.*)</pre>', dom, re.S)[1]))
 
-    of, args = subject(finished), analyze.parse_arguments(["lens", "RUN", PROMPT, "--text", TEXT])
-    looked_at = analyze.looked_at(of, of.load("base"), args)
+    run_dir = subject(finished)
+    tokens, mask = analyze.tokens_to_look_at(run_dir, run_dir.load(), PROMPT, TEXT)
+    word = partial(analyze.visible, run_dir)
     expected = []
     for name, layer, site, view in (
         ("base", 2, "attn_out", "raw"),
         ("final", 2, "mlp_out", "raw"),
         ("phase1", 3, "resid_post", "normed"),
     ):
-        cells, details = analyze.lens_cells(of.load(name), *looked_at, of.word), []
+        cells = analyze.lens_cells(run_dir.load(name), tokens, mask, word)
+        details = []
         for s, v in product(minibupo.SITES, cells):
             entropy, *top = cells[v][s][layer - (s != "resid_post")][3]
             rows = [[token, f"{p:.4f}"] for token, p in top]
@@ -299,14 +392,33 @@ def test_lens_page_in_a_browser(finished, tmp_path):
 # ---- commands on whole, stopped and damaged runs ----
 
 
-def test_everything_of_a_run(copied):
+@pytest.fixture
+def figure_of_others():
+    """An open figure, on another backend than that of files."""
+    before = plt.get_backend()
+    plt.switch_backend("svg")
+    figure = plt.figure()
+    yield figure
+    plt.close(figure)
+    plt.switch_backend(before)
+
+
+def test_everything_of_a_run(copied, figure_of_others, request):
+    """All files are written. Neither importing analyze.py nor drawing changes the backend, the
+    style or the open figures of a notebook."""
+    style = dict(plt.rcParams)
+    runpy.run_path(analyze.__file__)
     assert run("all", copied) == 0
+    assert plt.get_backend() == "svg" and plt.get_fignums() == [figure_of_others.number]
+    assert dict(plt.rcParams) == style
+
     made = {str(p.relative_to(copied / "figures")) for p in (copied / "figures").rglob("*.*")}
     figures = {"entropy_flow", "entropy_change", "writes"}
     expected = {"lens", "dynamics", "refinement", *figures, *(f"final/{f}" for f in figures)}
     texts = {"entropy.json", "final/entropy.json", "lens.html", "step.txt"}
     assert made == {f"{name}.png" for name in expected} | texts
-    for name, *argv in (  # the lens is of the trained model, the step of the base
+    request.getfixturevalue("unrendered")  # from here on only the texts are looked at
+    for name, *argv in (  # the lens shows the trained model, the step trains the base
         ("final/entropy.json", "entropy", "--checkpoint", "final"),
         ("lens.html", "lens"),
         ("step.txt", "step"),
@@ -320,13 +432,13 @@ def test_everything_of_a_run(copied):
 def test_training_curves_are_those_logged(finished):
     found = analyze.read_training(subject(finished))
     inside = toy.read_metrics(finished, "internal")
-    curve = found["refinement"]["cos($H^l$, $H^L$), target $l$"]
+    curve = found["refinement"]["cosine of $H^l$ and $H^L$, target layer"]
     assert curve == {record["step"]: record["cos_layer"][2] for record in inside}
-    curve = found["refinement"]["$dH_{Layer}$, target $l$"]
-    assert curve == {record["step"]: record["d_layer"][1] for record in inside}
+    curve = found["refinement"]["$dH_{Layer}$ (nats), target layer"]
+    assert curve == {record["step"]: record["dH_layer"][1] for record in inside}
     steps = toy.read_metrics(finished, "step")
-    names = {"training reward": "reward", "entropy (nats)": "policy_entropy"}
-    for title, name in {**names, "length (tokens)": "length"}.items():
+    names = {"training reward": "reward", r"entropy of $\pi_\theta$ (nats)": "policy_entropy"}
+    for title, name in {**names, "response length (tokens)": "length"}.items():
         assert list(found["dynamics"][title].values()) == [r[name] for r in steps]
 
 
@@ -336,35 +448,90 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
     model, s = toy.load_model(finished / "ckpt.pt"), toy.read_settings(finished)
     expected = toy.evaluate(model.truncated(1), s, [3], 128)[0]["3"]["avg@8"]
     of_layer, of_pi_theta = printed.split("responses of")[1:]
-    assert of_layer.startswith(" layer 1") and f"n = 3: {100 * expected:.1f}" in of_layer
+    assert of_layer.startswith(" layer 1") and f"n = 3: {100 * expected:.1f}%" in of_layer
     assert of_pi_theta.startswith(" pi_theta") and f"'{PROMPT}" not in printed
 
 
-def test_a_run_that_was_stopped_early(copied, capsys):
+def test_a_run_that_was_stopped_early(copied, capsys, unrendered):
     (copied / "ckpt.pt").unlink()
     assert run("all", copied) == 2 and "ckpt.pt" in capsys.readouterr().err
     assert (copied / "figures" / "entropy_flow.png").exists()
 
 
-BAD_INPUT = """all nowhere: neither a run nor
-step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer
+BAD_INPUT = """all nowhere: there is no directory nowhere here
+step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer must be in
+sample RUN 7+5= --layer 4: layer must be in 1..3, not 4
 entropy RUN/..: config.json
-lens RUN 7+5= --text=: no response
+entropy RUN/base.pt: is a file; a run is named by its directory, RUN
+lens RUN/config.json 7+5=: is a file; a run is named by its directory, RUN
+entropy RUN --out RUN/config.json: --out RUN/config.json is not a directory
+entropy RUN --device abacus: device abacus
+writes RUN --checkpoint phase1: RUN/phase1.pt is missing; the checkpoints of this run are: base, final
 entropy RUN 7+x: character 'x'
 writes RUN LONG: context
-sample RUN 7+5= --layer 4: layer must be in 1..3, not 4
-step RUN 7+5=: --responses
-step RUN 7+5= --responses 1 2 --rewards 1: --rewards
+lens RUN EMPTY: the prompt is empty
+entropy RUN --prompt EMPTY --text 2: the prompt is empty
+sample RUN EMPTY: the prompt is empty
+lens RUN 7+5= --text EMPTY: the response is empty
+step RUN EMPTY --responses 1 2 --rewards 1 0: the prompt is empty
+step RUN 7+5= --responses 1 EMPTY --rewards 1 0: the response is empty
+entropy RUN --text 7: there is no response
+step RUN 7+5=: not a prompt, 0 responses and 0 rewards
+step RUN --responses 1 2 --rewards 1 0: not no prompt, 2 responses and 2 rewards
+step RUN 7+5= --responses 1 2 --rewards 1: not a prompt, 2 responses and 1 rewards
+step RUN 7+5= --responses 1 --rewards 1: not a prompt, 1 responses and 1 rewards
 step RUN 7+5= --responses 1 2 --rewards 1 1: all rewards are equal"""
 
 
 @pytest.mark.parametrize("line", BAD_INPUT.splitlines())
 def test_bad_input_is_one_sentence(copied, capsys, line):
-    argv, says = line.replace("LONG", "7+5" * 90).split(": ")
-    assert run(*argv.replace("RUN", str(copied)).split()) == 2
+    (copied / "phase1.pt").unlink()
+    command, says = line.replace("RUN", str(copied)).split(": ", 1)
+    words = {"EMPTY": "", "LONG": "7+5" * 90}
+    assert run(*(words.get(word, word) for word in command.split())) == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("analyze.py: ") and error.count("\n") == 1
     assert not (copied / "figures").exists()
+
+
+BAD_NUMBERS = """sample --layer four: a layer is a whole number from 1 to L, not 'four'
+step --layer 0: a layer is a whole number from 1 to L, not '0'
+sample --layer -1: a layer is a whole number from 1 to L, not '-1'
+step --layer 2.0: a layer is a whole number from 1 to L, not '2.0'
+step 7+5= --responses 1 2 --rewards 1 good: a reward is a finite number, not 'good'
+step 7+5= --responses 1 2 --rewards 1 -inf: a reward is a finite number, not '-inf'
+lens 7+5= --prompt 7+5=: PROMPT is given twice
+lens 7+5= --text --letters: --text="--value"
+step 7+5= --responses 1 --letters: --text="--value\""""
+
+
+@pytest.mark.parametrize("line", BAD_NUMBERS.splitlines())
+def test_values_that_an_option_does_not_take(finished, capsys, line):
+    command, says = line.split(": ", 1)
+    name, *options = command.split()
+    with pytest.raises(SystemExit, match="2"):
+        run(name, finished, *options)
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--rewards", "1", "-1e-3"], {"rewards": [1.0, -1e-3]}),
+        (["--rewards", "-.5", "-2", "+3"], {"rewards": [-0.5, -2.0, 3.0]}),
+        (["--responses", "-7<eos>", "-"], {"responses": ["-7<eos>", "-"]}),
+        (["--responses", "-help is here", "--7"], {"responses": ["-help is here", "--7"]}),
+        (["--responses=-1", "--responses", "-2"], {"responses": ["-1", "-2"]}),
+        (["--responses=--letters", "--responses=b"], {"responses": ["--letters", "b"]}),
+        (["-7+5=", "--layer", "3"], {"prompt": "-7+5=", "layer": 3}),
+        (["--layer", "3", "7+5="], {"prompt": "7+5=", "layer": 3}),
+        (["--prompt", "-7+5="], {"prompt": "-7+5="}),
+    ],
+)
+def test_texts_and_numbers_that_begin_with_a_minus_sign(argv, expected):
+    options = analyze.parse_arguments(["step", "RUN", *argv])
+    assert options["source"] == "RUN"
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("option", ["--checkpoint best", "--layer 2", "--prom 7+5="])
@@ -381,53 +548,52 @@ def test_damaged_metrics_are_one_sentence(copied, capsys, line):
     assert capsys.readouterr().err.count("\n") == 1 and not (copied / "figures").exists()
 
 
-# ---- compare.py ----
+# ---- surroundings: signals, full disks, closed streams ----
 
 
-@pytest.fixture(scope="module")
-def compare():
-    pytest.importorskip("scipy")
-    sys.path.insert(0, str(Path(analyze.__file__).parent / "experiments"))
-    import compare
+def test_ctrl_c_is_one_line(copied, monkeypatch, capsys):
+    """A real SIGINT in the middle of writing the second file."""
+    write_bytes = Path.write_bytes
 
-    return compare
+    def interrupted(path, data):
+        write_bytes(path, data[:10])
+        signal.raise_signal(signal.SIGINT)
 
-
-def test_compare_runs(compare, finished, copied, tmp_path):
-    grpo, out, base = tmp_path / "grpo", tmp_path / "out", str(finished / "base.pt")
-    options = [*NO_PHASE_1, "--algo", "grpo", "--base", base, "--out_dir", str(grpo)]
-    assert toy.main(options) == 0
-    more = ["--problems", "4", "--samples", "8", "--out", str(out), "--device", "cpu"]
-    assert compare.main([str(finished), str(copied), str(grpo), *more]) == 0
-    names = {path.name for path in out.iterdir()}
-    assert names == {"table.md", "dynamics.png", "refinement.png", "passk.json", "passk.png"}
-    rows = [line.split(" | ") for line in (out / "table.md").read_text().splitlines()]
-    tier = toy.read_metrics(finished, "eval")[-1]["tiers"]["3"]
-    assert [row[1] for row in rows if len(row) > 1] == ["runs", "1", "2", "1"]
-    shares = [f"{100 * tier[name]:.1f} ± 0.0" for name in ("avg@8", "right_steps")]
-    assert rows[3][3:5] == shares
-    assert set(json.loads((out / "passk.json").read_text())["curves"]) == {"base", "BuPO", "GRPO"}
-    assert compare.main([str(tmp_path)]) == 2
-    d_mlp = toy.read_metrics(grpo, "internal")[0]["d_mlp"]  # GRPO is shown at the rule's layer
-    expected = max([l for l in (1, 2) if d_mlp[l - 1] > 0], default=2)
-    assert analyze.target_policy(subject(grpo)).layer == expected
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    assert run("entropy", copied) == 130
+    assert capsys.readouterr().err == "\nanalyze.py: stopped\n"
+    assert os.listdir(copied / "figures") == ["entropy.json"]
 
 
-def test_intervals(compare):
-    assert compare.mean_interval([3.0]) == (3.0, None)
-    mean, half = compare.mean_interval([1.0, 2.0, 4.0, 5.0])
-    assert mean == 3.0 and half == pytest.approx(3.1824463 * np.sqrt(10 / 3) / 2)  # of a table
-    x, mean, std = compare.over_seeds([{0: 1.0, 2: 3.0}, {0: 3.0, 2: 4.0, 5: 9.0}])
-    assert x == [0, 2, 5] and mean.tolist() == [2.0, 3.5, 9.0]
-    np.testing.assert_allclose(std, [2**0.5, 0.5**0.5, 0])
+@pytest.mark.parametrize("method", ["write_bytes", "write_text"])  # a figure, a text
+def test_a_full_disk_is_one_sentence(copied, monkeypatch, capsys, method):
+    write = getattr(Path, method)
+
+    def full(path, data, **options):
+        write(path, data[:10], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, method, full)
+    assert run("entropy", copied) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    written = os.listdir(copied / "figures")
+    assert written == (["entropy.json"] if method == "write_bytes" else [])
 
 
-def test_pass_curve_is_enumeration(compare, finished, monkeypatch):
-    counts = np.array([0, 2, 5])
-    monkeypatch.setattr(compare, "sample_counts", lambda *of: counts)
-    curve = compare.pass_curves({"BuPO": [subject(finished)]}, 3, 5)["curves"]["BuPO"][3]
-    for i, k in enumerate((1, 2, 4)):
-        draws = list(combinations(range(5), k))
-        values = [np.mean([any(j < c for j in draw) for draw in draws]) for c in counts]
-        assert curve["pass"][i] == pytest.approx(np.mean(values))
-        assert curve["se"][i] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_is_full(copied, monkeypatch, capsys):
+    """The error comes when the buffer is flushed. Closing the stream does not raise it again."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert run("step", copied) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+
+
+def test_without_stdout_and_stderr(copied, monkeypatch):
+    for name in "stdout", "stderr":
+        monkeypatch.setattr(sys, name, None)
+    assert run("step", copied) == 0
+    assert (copied / "figures" / "step.txt").exists()
+    assert run("entropy", copied, "7+x") == 2

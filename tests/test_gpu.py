@@ -1,5 +1,6 @@
 """experiments/gpu.py and cuda_graph.py on a CPU: every part runs in its smallest form, one that
-fails does not stop the rest, and sampling with fixed shapes chooses what model.generate chooses."""
+fails does not stop the rest, FLOPs are those that torch counts, and sampling with fixed shapes
+chooses what model.generate chooses."""
 
 import json
 from types import SimpleNamespace
@@ -7,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_toy as toy
 from experiments import cuda_graph, gpu, language_models
 from experiments.cuda_graph import Decoder
+from model import Generation
 
 
 def measure(tmp_path, *argv):
@@ -20,7 +24,7 @@ def measure(tmp_path, *argv):
 
 
 def test_every_part_runs_in_its_smallest_form(tmp_path, capsys):
-    # of TRL takes a minute, where it is there, and language models have a test of their own
+    # if TRL is installed, its part takes a minute; language models have a test of their own
     parts = [name for name in gpu.PARTS if name not in ("trl", "language")]
     code, found = measure(tmp_path, *(word for name in parts for word in ("--part", name)))
     assert code == 0 and list(found) == parts
@@ -29,6 +33,30 @@ def test_every_part_runs_in_its_smallest_form(tmp_path, capsys):
     assert found["large"]["share of peak, update"] > 0
     rows = capsys.readouterr().out.split("| --- | --- | --- |")[1].strip().splitlines()
     assert sum(row.startswith("| step |") for row in rows) == len(found["step"])
+
+
+def test_flops_of_an_update_and_of_sampling_row_by_row():
+    model, prompts, ends = tiny(), [3, 3, 5, 5], [7, 4, 8, 12]
+    tokens = torch.zeros(4, 12, dtype=torch.long)
+    sampled = Generation(tokens, torch.tensor(prompts), torch.tensor(ends))
+    a_pair = 4 * model.cfg.n_layer * model.cfg.n_head * model.cfg.head_dim
+
+    def counted(T):
+        # torch does not count the CPU's fused attention, so it is computed by plain products
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.residual(tokens[:1, :T], 3)
+        return counter.get_total_flops()
+
+    def forward(T, logits):  # one row; torch counts T^2 pairs, of which T (T - 1) / 2 are masked
+        return counted(T) - a_pair * T * (T - 1) // 2 + 2 * logits * model.cfg.d_model * 11
+
+    update = sum(3 * forward(end - 1, end - P) for P, end in zip(prompts, ends))
+    assert gpu.update_flops(model.cfg, sampled) == update
+    # two questions with two rows each: each prompt once, then what the response's tokens add
+    sampling = forward(3, 1) + forward(5, 1)
+    for P, end in zip(prompts, ends):
+        sampling += forward(end - 1, end - 1 - P) - forward(P, 0)
+    assert gpu.sampling_flops(model.cfg, sampled, group=2) == sampling
 
 
 def test_language_models_where_they_are_in_the_cache(tmp_path, monkeypatch):
@@ -90,7 +118,7 @@ def test_a_kept_decoder_answers_as_generate_does():
         generators = (toy.torch_rng_for("cpu", 0, "responses", step) for _ in range(2))
         theirs, ours = (
             respond(model, s, problems, 2, next(generators))
-            for respond in (toy.sample_responses, cuda_graph.respond)
+            for respond in (toy.sample_responses, cuda_graph.sample_responses)
         )
         assert all(map(torch.equal, theirs, ours))
     assert len(cuda_graph.KEPT) == 1

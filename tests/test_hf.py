@@ -70,7 +70,7 @@ def test_contract(family):
     lm = build(family, **OPEN[family]).eval()
     theirs = lm(TOKENS, output_hidden_states=True)
     hooks = sum(len(module._forward_hooks) for module in lm.modules())  # transformers' own
-    model = HFModel(lm.train())  # has no dropout all the same
+    model = HFModel(lm.train())  # is in evaluation mode all the same
     assert torch.equal(model(TOKENS), theirs.logits)
     assert (model.n_layer, model.vocab_size) == (3, 37)
     for l, t in enumerate(model.trace(TOKENS), 1):
@@ -92,21 +92,32 @@ def test_contract(family):
         alone = lm.generate(prompt, max_new_tokens=6, do_sample=False, **given)
         assert torch.equal(many.tokens[2 * i + 1, : n + 6], alone[0])
 
-    # A truncated model has the same weights, and says what its policy says.
-    short, h = model.truncated(2), model.residual(TOKENS, 2)
-    assert {id(p) for p in short.parameters()} <= {id(p) for p in model.parameters()}
+    # A truncated model has the same weights, of which it uses all, and says what its policy says.
+    short = model.truncated(2)
+    h = model.residual(TOKENS, 2)
+    with torch.enable_grad():
+        short(TOKENS).square().sum().backward()
+    used = {id(p) for p in model.parameters() if p.grad is not None}
+    assert {id(p) for p in short.parameters()} == used < {id(p) for p in model.parameters()}
     assert torch.equal(short(TOKENS), model.unembed(h)) and torch.equal(short.final_norm(h), h)
     assert len(list(short.trace(TOKENS))) == short.n_layer == 2
+    below = short.truncated(1)
+    assert torch.equal(below(TOKENS), model.unembed(model.residual(TOKENS, 1)))
+    assert len(list(below.blocks)) == 1 and len(short.blocks) == 2 and len(model.blocks) == 3
     said = short.generate(TOKENS[:, :5], 6, temperature=0).tokens
     assert torch.equal(said[:, 5:], m.policy_logits(model, said, m.Policy(2))[:, 4:-1].argmax(-1))
     assert sum(len(module._forward_hooks) for module in lm.modules()) == hooks
 
 
-def test_what_cannot_be_is_refused_in_a_sentence():
-    model, doubled, outside = HFModel(build(**TIED)), build("Llama"), torch.tensor([[3, 37]])
+def test_models_that_are_refused_in_a_sentence():
+    model = HFModel(build(**TIED))
+    outside = torch.tensor([[3, 37]])
+    doubled = build("Llama")
     doubled.model.layers[1].register_forward_hook(lambda *args: 2 * args[-1])
     coarse = build("GPTNeoX").bfloat16()
     coarse.gpt_neox.embed_in.weight.data[:, 0] = 3000.0  # hides no wrong sum in the others
+    placed = HFModel(build())
+    placed.decoder.forward = placed.decoder.forward  # as accelerate replaces it
     with truncated(model.lm, 1), pytest.raises(ValueError, match="no list of 3 blocks"):
         HFModel(model.lm)
     for call, says in [
@@ -127,6 +138,7 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         (lambda: model.residual(TOKENS, 1.5), "not 1.5"),
         (lambda: next(model.trace(outside)), "token id 37"),
         (lambda: model(TOKENS.repeat(1, 6)), "context_length = 64"),
+        (lambda: placed.truncated(1), "a model with a device_map cannot be truncated"),
     ]:
         with pytest.raises(ValueError, match=says):
             HFModel(call())
@@ -136,7 +148,8 @@ def test_what_cannot_be_is_refused_in_a_sentence():
 
 
 def test_load_a_directory_and_encode(tmp_path):
-    directory, lm = save(tmp_path, build(**TIED)), build(**TIED)
+    lm = build(**TIED)
+    directory = save(tmp_path, lm)
     model, tokenizer = load(directory)
     assert torch.equal(model(TOKENS), lm.eval()(TOKENS).logits)
     assert {p.dtype for p in load(directory, dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
@@ -151,7 +164,8 @@ def test_load_a_directory_and_encode(tmp_path):
 
 
 def test_gguf(tmp_path, monkeypatch):
-    """A Llama with the names that llama.cpp's converter gives, but not its order of rows."""
+    """A Llama with the names that llama.cpp's converter gives. It also permutes rows, which this
+    file leaves as they are."""
     lm = build("Llama", rms_norm_eps=1e-5)
     values = dict(block_count=3, context_length=64, embedding_length=32, feed_forward_length=40)
     values |= dict(head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, tokenizer_model="gpt2")
@@ -170,7 +184,7 @@ def test_gguf(tmp_path, monkeypatch):
     found = load(tmp_path / "qwen.gguf")[0].lm
     ours, theirs = (model.model.layers[1].mlp.up_proj.weight for model in (found, lm))
     assert torch.equal(ours, theirs)
-    found.save_pretrained(tmp_path / "saved")  # refused of what transformers thinks is quantised
+    found.save_pretrained(tmp_path / "saved")  # transformers refuses to save a quantised model
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
     with pytest.raises(ValueError, match="rope_freqs"):
         load(tmp_path / "llama3.gguf")
@@ -204,7 +218,7 @@ def trained(out, trainer=BuPOTrainer, lm=None, **options):
 
 
 def weights(trainer):
-    """All weights, also of a model that is sharded."""
+    """A copy of all weights {name: tensor}, also of a sharded model."""
     named = trainer.model.named_parameters()
     return {
         n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named
@@ -212,10 +226,12 @@ def weights(trainer):
 
 
 def differ(a, b):
+    """The names of weights that are not equal."""
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
 def logged(trainer, name):
+    """The values of one name in the log."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
@@ -230,8 +246,8 @@ def rows_of(*batches):
 
 
 class Compared(BuPOTrainer):
-    """Compares loss and gradients of every mini-batch with policy_loss's on a copy of the model.
-    Keeps its rows and what holds for it."""
+    """Compares loss and gradients of every mini-batch with policy_loss's on a copy of the model, and
+    keeps the mini-batch with the state of the trainer."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -254,7 +270,7 @@ class Compared(BuPOTrainer):
         grads = torch.autograd.grad(ours, list(now.lm.parameters()), **options)
         theirs = torch.autograd.grad(loss, list(self.model.parameters()), **options)
         atol = 1e-4 * max(float(g.abs().max()) for g in grads if g is not None)
-        torch.testing.assert_close(theirs, grads, rtol=1e-3, atol=atol)  # None where it is None
+        torch.testing.assert_close(theirs, grads, rtol=1e-3, atol=atol)  # None for None
         moments = {int(state["step"]) for state in self.optimizer.state.values()}
         vllm = self.vllm_importance_sampling_correction
         self.seen.append((inputs, self.phase, moments, vllm, weights(self)))
@@ -280,9 +296,9 @@ def test_trainer_is_minibupo(tmp_path, family, tied, options):
     assert max(logged(trainer, ratio)[1:4]) > 0  # other weights than at the rollouts
 
     batch = rows_of(*inputs[: trainer.args.steps_per_generation])
-    d_mlp = m.look_inside(HFModel(copied), *batch)["d_mlp"].mean(1)
-    assert logged(trainer, "bupo/d_mlp") == [pytest.approx(d_mlp.tolist(), rel=1e-4, abs=1e-4)]
-    assert [trainer.layer] == [m.target_layer(d_mlp)] == logged(trainer, "bupo/layer")
+    dH_mlp = m.look_inside(HFModel(copied), *batch)["dH_mlp"].mean(1)
+    assert logged(trainer, "bupo/dH_mlp") == [pytest.approx(dH_mlp.tolist(), rel=1e-4, abs=1e-4)]
+    assert [trainer.layer] == [m.target_layer(dH_mlp)] == logged(trainer, "bupo/layer")
     assert all("step" in entry for entry in trainer.state.log_history)
 
     # What is above the layer stays in phase 1, under weight decay.
@@ -301,7 +317,7 @@ def test_trainer_is_minibupo(tmp_path, family, tied, options):
 
 
 def test_no_steps_is_grpo(tmp_path):
-    # each seeds torch's generator when it is made
+    # each trainer seeds torch's generator when it is made
     grpo, bupo = (trained(tmp_path, t, max_steps=4) for t in (GRPOTrainer, BuPOTrainer))
     assert not differ(weights(grpo), weights(bupo))
     for name in ("loss", "entropy", "reward"):
@@ -311,7 +327,7 @@ def test_no_steps_is_grpo(tmp_path):
 
 
 def test_corners_of_the_options(tmp_path):
-    """The top layer; a correction that is off; more batches of rollouts a step than one."""
+    """The top layer; a correction that is off; several batches of rollouts per optimizer step."""
     options = dict(bupo_steps=1, bupo_layer=3, max_steps=2, gradient_accumulation_steps=2)
     options |= dict(steps_per_generation=1, vllm_importance_sampling_correction=False)
     trainer = trained(tmp_path, **options, off_policy_mask_threshold=0.1)
@@ -320,7 +336,7 @@ def test_corners_of_the_options(tmp_path):
     assert not trainer.vllm_importance_sampling_correction
 
 
-def test_resume_goes_on_as_if_never_stopped(tmp_path):
+def test_a_resumed_run_matches_an_uninterrupted_one(tmp_path):
     """With the layer by the rule, stopped in phase 1 and exactly at the switch."""
     options = dict(bupo_steps=2, max_steps=6, save_strategy="steps", save_steps=2)
     options |= dict(gradient_accumulation_steps=2, steps_per_generation=4)

@@ -1,4 +1,4 @@
-"""minibupo_hf/train.py: the command line, in one process and in two, and what it says about bad input.
+"""minibupo_hf/train.py: the command line, in one process and in two, and its error messages.
 
 Models are those of test_hf.py.
 """
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import minibupo_hf.bupo_trainer
 import minibupo_hf.train
 from minibupo_hf.adapter import load, truncated
 from minibupo_hf.bupo_trainer import BuPOTrainer
@@ -44,15 +45,16 @@ def arguments(directory, out, **options):
 
 
 def test_command_line(directory, tmp_path):
-    """A run that is stopped and resumed."""
+    """A run that is stopped and resumed has one log."""
     options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8, beta=0.1)
     options |= dict(save_strategy="steps", save_steps=2)
-    saved, logs = dict(resume_from_checkpoint=tmp_path / "checkpoint-2"), []
+    saved = dict(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    logs = []
     for more in dict(max_steps=2), saved:
         assert minibupo_hf.train.main(arguments(directory, tmp_path, **options, **more)) == 0
         logs.append(json.loads((tmp_path / "trainer_state.json").read_text())["log_history"])
     log = logs[1]
-    assert log[0] == logs[0][0]  # with its time, which no second run would take
+    assert log[0] == logs[0][0]  # also its time, so it is the same entry
     assert [entry["bupo/phase"] for entry in log if "bupo/phase" in entry] == [1, 2, 2, 2]
     assert [entry["step"] for entry in log if "eval_reward" in entry] == [2, 4]
     kl = [entry["kl"] for entry in log if "kl" in entry]
@@ -89,16 +91,17 @@ class OnDeepSpeed(BuPOTrainer):
 
 
 def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
-    """It says what is wrong, and the remedy where that is not the same."""
+    """The sentence says what is wrong, and the remedy if that does not follow from it."""
     data = {"a/train": "prompt", "b/train": "problem", "c/train": "prompt", "c/test": "problem"}
     for file, column in data.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / f"{file}.json").write_text(json.dumps({column: "1+1="}))
     (tmp_path / "base.pt").write_bytes(b"PK")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF")
-    narrow, part = build(**TIED), build(**TIED)
+    narrow = build(**TIED)
+    part = build(**TIED)
     for layer in narrow.model.layers:
-        layer.mlp.down_proj.weight.data *= 100  # loud writes: every FFN narrows
+        layer.mlp.down_proj.weight.data *= 100  # large writes: every FFN lowers entropy
     del part.model.layers[1].mlp.up_proj
     for name, lm in dict(narrow=narrow, part=part, parallel=build("GPTNeoX")).items():
         save(tmp_path / name, lm)
@@ -122,9 +125,9 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(model_name_or_path=tmp_path / "cut.gguf", beta=0.1), "beta needs a reference model"),
         (dict(model_name_or_path=tmp_path / "cut"), "transformers cannot read"),
         (dict(attn_implementation="none"), "transformers cannot read"),
-        (dict(load_in_4bit=True), "load_in_4bit, load_in_8bit and dataset_streaming are not for"),
+        (dict(load_in_4bit=True), "load_in_4bit and load_in_8bit are not for"),
         (dict(model_name_or_path=tmp_path / "part"), "no weights for model.layers.1.mlp.up_proj"),
-        (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be laid open"),
+        (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be opened"),
         (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),
         (dict(operations="/"), "operations must be some of + - *"),
         (dict(operations=""), "operations must be some of + - *"),
@@ -138,24 +141,32 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(dataset_name=tmp_path / "b"), "has no column 'prompt', only problem"),
     ]:
         assert says in said(**options)
-    monkeypatch.setattr(minibupo_hf.train, "BuPOTrainer", OnDeepSpeed)
+    monkeypatch.setattr(minibupo_hf.bupo_trainer, "BuPOTrainer", OnDeepSpeed)
     assert "set weight_decay 0" in said()
-    minibupo_hf.train.make_trainer(
-        arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0)
-    )  # unchecked
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert 'pip install -e ".[hf]"' in said()
-    code = "import trl; trl.__version__ = '1.15.3'; import minibupo_hf.train"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (
-        run.stderr.startswith('minibupo_hf.train needs pip install -e ".[hf]"')
-        and "1.15.3" in run.stderr
-    )
+    # the model itself is not checked there
+    words = arguments(tmp_path / "parallel", tmp_path, weight_decay=0.0)
+    minibupo_hf.train.make_trainer(words)
+
+
+def test_missing_packages_are_one_sentence(tmp_path, capsys, monkeypatch):
+    trainer = "minibupo_hf.bupo_trainer"
+    for change, says in [
+        (lambda: monkeypatch.setitem(sys.modules, "gguf", None), "gguf"),
+        (lambda: monkeypatch.setattr("trl.__version__", "1.15.3"), "needs trl>=1.16,<2, not 1.15"),
+        (lambda: monkeypatch.setitem(sys.modules, "trl", None), "trl"),
+    ]:
+        change()
+        if "gguf" not in says:  # imported again, as when the program starts
+            monkeypatch.delitem(sys.modules, trainer, raising=False)
+        assert minibupo_hf.train.main(arguments(tmp_path / "cut.gguf", tmp_path)) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("minibupo_hf.train: ") and 'pip install -e ".[hf]"' in said
+        assert says in said
 
 
 def test_what_is_set_by_default(directory, tmp_path, monkeypatch):
-    tokenizer = minibupo_hf.train.load_lm(directory)[1]
-    monkeypatch.setattr(minibupo_hf.train, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
+    tokenizer = load(directory)[1]
+    monkeypatch.setattr(minibupo_hf.adapter, "load_lm", lambda *_, **__: (build(**TIED), tokenizer))
     options = dict(eval_strategy="steps", eval_steps=2, eval_problems=8)
     options |= dict.fromkeys(("bf16", "gradient_checkpointing", "use_cpu"))
     trainer, config = minibupo_hf.train.make_trainer(arguments("a.gguf", tmp_path, **options))
@@ -208,11 +219,11 @@ def one_of_two(argv):
     trainer.train()
     assert {isinstance(p, DTensor) for p in trainer.model.parameters()} == {sharded}
     both = [None, None]
-    ours = (trainer.layer, logged(trainer, "bupo/d_mlp"), weights(trainer))
+    ours = (trainer.layer, logged(trainer, "bupo/dH_mlp"), weights(trainer))
     torch.distributed.all_gather_object(both, ours)
-    (layer, d_mlp, after), other = both
+    (layer, dH_mlp, after), other = both
     assert trainer.accelerator.num_processes == 2
-    assert 1 <= layer < 3 and other[:2] == (layer, d_mlp)
+    assert 1 <= layer < 3 and other[:2] == (layer, dH_mlp)
     assert not differ(after, other[2]) and differ(before, after) == before.keys()
     trainer.save_model()
     torch.distributed.barrier()  # neither leaves while the other may still need it
@@ -222,7 +233,8 @@ def one_of_two(argv):
 def truncated_and_sharded_is_truncated():
     """FSDP2 (`fully_shard`) does what one process does, also where layers have no gradient."""
     torch.distributed.init_process_group("gloo")
-    alone, sharded = build(**TIED), build(**TIED)
+    alone = build(**TIED)
+    sharded = build(**TIED)
     mesh = init_device_mesh("cpu", (2,))  # by itself it may choose a GPU that is not to be seen
     for module in (*sharded.model.layers, sharded):
         fully_shard(module, mesh=mesh)

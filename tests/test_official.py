@@ -1,6 +1,5 @@
-"""experiments/official.py, as far as it needs no clone of the official code: it refuses what is not
-that code in one sentence, takes functions out of files that cannot be imported, and its table shows
-the largest difference."""
+"""experiments/official.py without a clone of the official code: it refuses other code in one
+sentence, takes functions out of files that cannot be imported, and shows the largest difference."""
 
 import math
 import shutil
@@ -44,13 +43,16 @@ def test_functions_come_out_of_files_that_cannot_be_imported(clone):
 def refusal(capsys, *argv):
     assert official.main(list(map(str, argv))) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("official.py: ") and err.count("\n") == 1
+    assert out == "" and err.startswith("official: ") and err.count("\n") == 1
     return err
 
 
 def test_what_is_not_the_official_code_is_refused_in_one_sentence(clone, monkeypatch, capsys):
-    assert "say where" in refusal(capsys)
-    assert "is no git clone" in refusal(capsys, clone / "nowhere")
+    with pytest.raises(SystemExit) as usage:  # without a path
+        official.main([])
+    assert usage.value.code == 2
+    capsys.readouterr()
+    assert "is not a git clone" in refusal(capsys, clone / "nowhere")
     (clone / "two.py").unlink()
     assert "two.py" in refusal(capsys, clone)
     monkeypatch.setattr(official, "COMMIT", "0" * 40)

@@ -1,0 +1,1 @@
+"""The experiments that produced the numbers of this repository; README.md lists the commands."""
