@@ -16,8 +16,8 @@ for folder in (COURSE, COURSE.parent):  # of the package checks, and of minibupo
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import torch  # noqa: E402
-from checks.common import Answer, Wrong  # noqa: E402
+import torch
+from checks.common import Answer, Wrong
 
 # A check is a module with TITLE, MINUTES, HINTS, REFUSED and check(answer, quick)
 NAMES = [path.stem for path in sorted((COURSE / "checks").glob("ex*.py"))]

@@ -33,8 +33,8 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_toy as toy  # noqa: E402
-from experiments.seeds import run_missing  # noqa: E402
+import train_toy as toy
+from experiments.common import run_missing
 
 HERE = ROOT / "course" / "bugs"
 KEY = HERE / "key"  # everything that says which bug is which

@@ -14,7 +14,7 @@ the response's last token. A response that the limit stopped has no <eos>, and e
 Work out the row above on paper before you write any code.
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def response_mask(prompt_len: int, end: int, T: int):

@@ -13,7 +13,7 @@ where rounding makes the formula alone give something else.
 Return a float32 tensor (Q, G). Use tensor operations or loops as you like.
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def group_advantages(rewards):

@@ -12,7 +12,7 @@ On paper first: which of the two products is smaller for advantage 1 and ratio 1
 advantage -1? In which of these four cases is the gradient 0?
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):

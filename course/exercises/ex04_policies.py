@@ -14,7 +14,7 @@ read and write. Which field is which? These lines print the norms of all of them
 tokens (B, T); l is 0..L in layer_logits, 1..L in module_logits; module is "attention" or "ffn".
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def layer_logits(model, tokens, l):

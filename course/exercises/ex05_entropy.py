@@ -13,7 +13,7 @@ for 8 equal logits, and for one logit that is far above the others?
         print(f"raw {trace.resid_mid.norm():.1f}, normed {trace.mlp_in.norm():.1f}")
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def entropy(logits):

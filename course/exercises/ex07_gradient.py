@@ -14,7 +14,7 @@ writes (Eq. 7). In the last column embeddings are tied: the embedding and E_u ar
 other columns they are two.
 """
 
-import torch  # noqa: F401
+import torch
 
 PREDICTION = """
               pi_theta   Layer 2   ATTN 2   FFN 3   Layer 2, tied

@@ -12,7 +12,7 @@ course/base.pt (about a minute) to 90% at n = 3. Read the docstrings of the piec
 the reset of AdamW's moments between the phases, which the library has in addition.
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def improve(model, optimizer, rollouts, policy):

@@ -11,7 +11,7 @@
 3. WHY: the letter of the explanation below that your numbers support.
 """
 
-import torch  # noqa: F401
+import torch
 
 import train_toy
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the folder of minibupo.py
 
-import torch  # noqa: E402
+import torch
 
-import minibupo  # noqa: E402
-import train_toy  # noqa: E402
-from minibupo import FULL, Policy  # noqa: E402
+import minibupo
+import train_toy
+from minibupo import FULL, Policy
 
 # Student's t by number of pairs: 95% lie within this many standard errors
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

@@ -23,9 +23,9 @@ import train_toy
 COURSE = Path(__file__).parent.parent
 sys.path.insert(0, str(COURSE))
 
-import check  # noqa: E402
-from checks import common  # noqa: E402
-from checks.common import Answer, Wrong  # noqa: E402
+import check
+from checks import common
+from checks.common import Answer, Wrong
 
 torch.set_num_threads(1)  # models this small gain nothing from a second thread
 LIBRARY = {"minibupo": minibupo, "model": model, "train_toy": train_toy}
