@@ -536,10 +536,10 @@ def sample(subject: Subject, prompt=None, layer=None):
 
 
 def print_accuracy(run: Run, policy):
-    """Print a policy's accuracy on 128 held-out problems of each length."""
+    """Print a policy's accuracy on 128 held-out problems of each number of digits."""
     results, _ = toy.evaluate(policy, run.settings, run.settings.tiers, 128)
     shares = [f"n = {n}: {100 * result[AVERAGE]:.1f}%" for n, result in results.items()]
-    print(f"  {AVERAGE} on 128 held-out problems of each length:   " + "   ".join(shares))
+    print(f"  {AVERAGE} on 128 held-out problems of each number of digits:   " + "   ".join(shares))
 
 
 # ---- step --------------------------------------------------------------------------------------

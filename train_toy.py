@@ -8,14 +8,18 @@ The prompt ends in `=`. A response rewrites what is left of the problem after ea
 what follows its last `=` is the answer. The reward is 1 if the response has ended and its answer is
 correct, otherwise 0.
 
-The base model is pretrained on *sloppy* solutions: each line between the problem and the answer is
-left out with probability 1/2. It has therefore seen full and abbreviated solutions, all with
-correct answers. When the model itself skips a line, its answer is usually incorrect. RL rewards
-only the final answer and so discovers careful work: responses grow longer as more are correct.
+The base model is pretrained on full and then on *sloppy* solutions: each line between the problem
+and the answer is left out with probability 1/2. It has therefore seen full and abbreviated
+solutions, all with correct answers. When the model itself skips a line, its answer is usually
+incorrect. RL rewards only the final answer and so discovers careful work: responses grow longer as
+more are correct.
 
     python train_toy.py                                     # a base model, then BuPO
     python train_toy.py --algo grpo --base out/bupo-seed0/base.pt
     python train_toy.py --resume --out_dir out/bupo-seed0   # continue after Ctrl-C or a crash
+
+In the order of reading: the task, tokens, settings, the base model, Algorithm 1 (`train`), the run
+(`run`, where everything begins), evaluation, housekeeping.
 
 The random numbers of a step depend only on (seed, purpose, step). A resumed run therefore continues
 as if it had never stopped (bit for bit on a CPU), and runs with one seed meet the same problems.
@@ -47,7 +51,10 @@ from model import GPT, GPTConfig
 
 # ---- the task, as strings ----------------------------------------------------------------------
 # This section uses nothing from the rest of the file. To teach another task, replace it by one that
-# offers the same names. Problems have a size n; a prompt is a problem followed by "=".
+# offers the same names. A problem has a size n. A prompt is a problem followed by "=", which also
+# separates the lines of a response; a response that has ended is passed on with its "<eos>". One
+# function outside looks at solutions, too: `single_operations` decides by the first token of each
+# line when pretraining may stop. Replace it by a measure that fits your task.
 #
 #     CHARACTERS                          every character of problems and responses
 #     single_results()                    strings by which a checkpoint knows the task it is for
@@ -57,6 +64,7 @@ from model import GPT, GPTConfig
 #     check_supply(n, count)              raises ValueError if there are fewer of these
 #     careful(problem)                    its full solution, a list of lines from problem to answer
 #     sloppy(problem, rng, skip)          an abbreviated solution, from which the base model learns
+#     longest_prompt(n)                   the number of tokens that a prompt takes
 #     longest_response(n)                 the number of tokens that a full solution takes
 #     is_correct(problem, response)       the reward
 #     has_correct_lines(problem, response)    logged, but not rewarded
@@ -107,6 +115,11 @@ def sloppy(problem: str, rng, skip: float) -> list[str]:
     return [problem, *(line for line in between if rng.random() >= skip), answer]
 
 
+def longest_prompt(n: int) -> int:
+    """Return the tokens of a prompt of n digits: digits, operators and `=`."""
+    return 2 * n
+
+
 def longest_response(n: int) -> int:
     """Return the tokens of careful work on n digits, EOS included: 2(n - 1) + ... + 4 + 2."""
     return n * (n - 1)
@@ -121,12 +134,15 @@ def has_correct_lines(problem: str, response: str) -> bool:
     """Return whether each line of a response follows from the one before. This is not rewarded."""
     lines = [problem, *response.removesuffix("<eos>").split("=")]
     ended = response.endswith("<eos>") and len(lines[-1]) == 1
-    # `all` stops at the first incorrect line, so `careful` is only called for correct lines
+    # `all` stops at the first incorrect line: `careful` would fail on a line that is no expression
     return ended and all(after in careful(before)[1:] for before, after in zip(lines, lines[1:]))
 
 
 def held_out(problem: str) -> bool:
-    """Return whether a problem is kept for evaluation: by its hash, 1 in 8 of 3 or more digits."""
+    """Return whether a problem is kept for evaluation.
+
+    A problem of 3 or more digits is kept with probability 1/8, which its hash decides.
+    """
     return len(problem) >= 5 and hashlib.sha256(problem.encode()).digest()[0] < 32
 
 
@@ -146,7 +162,8 @@ def training_problem(rng, n: int) -> str:
 
 def draw_questions(rng, count: int, n: int) -> list[str]:
     """Return training problems of 3, 4, .., n digits, 1 : 2 : .. : n - 2, in random order."""
-    sizes = [k for k in range(3, n + 1) for _ in range(k - 2)]  # longer ones take more learning
+    # longer ones take more learning; for n = 5 the sizes are 3 4 4 5 5 5, stretched to `count`
+    sizes = [k for k in range(3, n + 1) for _ in range(k - 2)]
     problems = [training_problem(rng, sizes[i * len(sizes) // count]) for i in range(count)]
     return rng.sample(problems, count)
 
@@ -253,7 +270,7 @@ class Settings:
     questions: int = option(64, "questions in a step of RL", 4)
     group: int = option(8, "responses to each question", 2)
     lr: float = option(5e-4, "learning rate for 30 steps; then it falls as 1 / step", 1e-12)
-    eval_problems: int = option(256, "evaluation problems of each length", 16, 1000)
+    eval_problems: int = option(256, "evaluation problems of each number of digits", 16, 1000)
 
     def __post_init__(self):
         check_settings(self)
@@ -324,7 +341,7 @@ def pretraining_batch(s: Settings, step: int, device, skip: float, rows=48):
     """
     rng = rng_for(s.seed, "pretraining", step)
     # the longest prompt and response of an evaluation: no later position is ever used
-    T = 2 * (s.n + 1) + s.response_limit
+    T = longest_prompt(s.n + 1) + s.response_limit
     tokens = []
     in_response = []
     for _ in range(rows):
@@ -375,7 +392,7 @@ class Job:
     out: Path  # the directory of the run
     model: GPT
     optimizer: torch.optim.Optimizer
-    target: Policy  # what phase 1 trains
+    target: Policy  # what phase 1 trains; without a phase 1, what the log follows
     probe: Probe
     records: list  # of metrics.jsonl
     step: int  # the last one done
@@ -386,7 +403,7 @@ def train(job: Job):
     s = job.settings
     model = job.model
     optimizer = job.optimizer
-    save_job(job)  # also after a resume: the run may have been killed between its two files
+    save_job(job)  # after a resume, too: it may have been killed between ckpt.pt and metrics.jsonl
 
     # 64 rows stay in a CPU's cache; a GPU is faster with more
     chunk = 64 if model.device.type == "cpu" else 256
@@ -410,7 +427,10 @@ def train(job: Job):
 
 
 def rollouts(s: Settings, model, step: int, problems: list[str] | None = None) -> Rollouts:
-    """Return a step's questions (new ones, or `problems`), responses of pi_theta, and rewards."""
+    """Return the rollouts of a step: responses of pi_theta to its questions, and their rewards.
+
+    The questions are new ones, or `problems`, as many as s.questions.
+    """
     problems = problems or draw_questions(rng_for(s.seed, "questions", step), s.questions, s.n)
     generator = torch_rng_for(model.device, s.seed, "responses", step)
     sampled = sample_responses(model, s, problems, s.group, generator)
@@ -466,13 +486,15 @@ def run(s: Settings, resume: bool):
     if not resume:
         s.out_dir = str(new_directory(s))
     out = Path(s.out_dir)
-    # a run that was stopped before its first checkpoint begins again
+    # a run that was stopped before it had a checkpoint or a log begins again
     begun = resume and any((out / name).exists() for name in ("ckpt.pt", "metrics.jsonl"))
     job = resumed_job(s, out, device) if begun else None
-    # Invalid options and files have been refused by now. From here on files are written.
+    # What can be checked before training has been checked by now. From here on files are written.
     write_text(out / "config.json", json.dumps(asdict(s), indent=2))
     print(f"run {out} on {device}, {s.threads} threads", flush=True)
-    train(job or new_job(s, out, device))
+    if job is None:
+        job = new_job(s, out, device)  # a base model is trained and measured, a layer is chosen
+    train(job)
     look = shlex.join(["python", "analyze.py", "all", str(out)])
     print(f"everything is in {out}; to see the internal policies: {look}")
 
@@ -490,7 +512,7 @@ def new_job(s: Settings, out: Path, device) -> Job:
     print_internal_entropies(inside, target, s)
 
     add_evaluation(records, s, model, step=0)
-    refuse_without_mixed_outcomes(records[-1]["tiers"][str(s.n)]["mixed"], s.n)
+    check_mixed_outcomes(records[-1]["tiers"][str(s.n)]["mixed"], s.n)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
     return Job(s, out, model, optimizer, target, probe, records, step=0)
 
@@ -532,7 +554,7 @@ def print_internal_entropies(inside: dict, target: Policy, s: Settings):
         print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row) + mark)
 
 
-def refuse_without_mixed_outcomes(mixed: float, n: int):
+def check_mixed_outcomes(mixed: float, n: int):
     """Raise ValueError if too few problems have both correct and incorrect responses."""
     print(f"of the problems of {n} digits {mixed:.1%} have correct and incorrect responses\n")
     if mixed < 0.05:
@@ -569,10 +591,10 @@ def sample_texts(model, s: Settings, problems: list[str], samples: int, generato
 
 
 def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[dict, list]:
-    """Return the scores on `count` evaluation problems of each length, and three examples.
+    """Return the scores on `count` evaluation problems of each size n in `tiers`, and examples.
 
-    The keys of the scores are the lengths as strings. An example is [problem, response], of length
-    s.n.
+    The keys of the scores are the sizes as strings. The three examples are [problem, response], of
+    size s.n.
     """
     results = {}
     examples = []
@@ -587,7 +609,13 @@ def evaluate(model, s: Settings, tiers, count: int, samples=SAMPLES) -> tuple[di
 
 
 def scores(problems: list[str], texts: list[list[str]]) -> dict:
-    """Return the measures of a list of responses to each problem; docs/reference.md has them."""
+    """Return the scores of a list of responses to each problem.
+
+    avg@k is the accuracy over k samples, with its standard error over problems; pass@k the share of
+    problems that at least one of k samples solves; mixed the share of problems with correct and
+    incorrect responses; unfinished the share of responses that the limit stopped; length is in
+    tokens.
+    """
     count = len(problems)
     samples = len(texts[0])
     pairs = [(problem, text) for problem, group in zip(problems, texts) for text in group]
@@ -606,11 +634,11 @@ def scores(problems: list[str], texts: list[list[str]]) -> dict:
 
 
 def add_evaluation(records: list, s: Settings, model, step: int):
-    """Evaluate, on a quarter of the problems in the middle of a run; print and add the record."""
+    """Evaluate, print and add the record; during a run only a quarter of the problems is used."""
     count = s.eval_problems if step in (0, s.steps) else math.ceil(s.eval_problems / 4)
     results, examples = evaluate(model, s, s.tiers, count)
     add_record(records, "eval", step=step, problems=count, tiers=results, examples=examples)
-    tqdm.write(f"\nat step {step}, on {count} held-out problems of each length:")
+    tqdm.write(f"\nat step {step}, on {count} held-out problems of each number of digits:")
     names = (f"avg@{SAMPLES}", f"avg@{SAMPLES}_se", "correct_lines", f"pass@{SAMPLES}", "length")
     tqdm.write("digits" + "".join(f"{name:>14}" for name in names))
     for n, tier in results.items():
@@ -625,7 +653,8 @@ def single_operations(model, s: Settings, problems=KNOWN_FROM) -> float:
     """Return the share of single operations whose result is the model's likeliest token.
 
     It is measured at the first token of each line of careful solutions of held-out problems. A
-    correct jump over several lines is not counted, but jumps spread over many tokens.
+    model that would rather skip a line gets no credit for it there. But any of the later lines may
+    follow a skip, so the next line usually stays the likeliest.
     """
     drawn = evaluation_problems(rng_for(0, "single operations"), s.n, problems)
     tokens, _ = padded([encode("=".join(careful(p)) + "<eos>") for p in drawn], model.device)
@@ -727,7 +756,7 @@ def settled_by_files(given: dict, resume: bool) -> dict:
         settled = {"n_layer": cfg.n_layer, "d_model": cfg.d_model}
     for name, value in settled.items():
         if given.get(name, value) != value:
-            raise ValueError(f"--{name} {given[name]} does not match what is there, {value}")
+            raise ValueError(f"--{name} {given[name]} does not match the stored value, {value}")
     return settled
 
 
@@ -823,7 +852,7 @@ def save_checkpoint(path: Path, model: GPT, **more):
 
 
 def save_job(job: Job):
-    """Write ckpt.pt, which is everything needed to resume, and metrics.jsonl, a record per line."""
+    """Write ckpt.pt, from which (with base.pt and config.json) a run resumes, and metrics.jsonl."""
     moments = job.optimizer.state_dict()["state"]
     more = dict(step=job.step, target=list(job.target), optimizer=moments, records=job.records)
     save_checkpoint(job.out / "ckpt.pt", job.model, **more)
@@ -898,7 +927,7 @@ def read_settings(run: Path) -> Settings:
 
 
 def read_metrics(run: Path, kind: str) -> list[dict]:
-    """Return the records of one kind. Use them `with reading(...)`, too: a key may be missing."""
+    """Return a run's records of one kind. Use them `with reading(...)`: a key may be missing."""
     path = run / "metrics.jsonl"
     with reading(path):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -938,7 +967,7 @@ def open_missing_streams():
     """Send what is printed to nowhere if the program was started without stdout or stderr."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or stream.closed:
+        if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
