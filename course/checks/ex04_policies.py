@@ -135,7 +135,7 @@ LAYER_CONFUSIONS = (
     Confusion(
         "pi_theta",
         lambda model, tokens, l: logits(model, model.final_norm(H(model, tokens, L))),
-        "This is pi_theta, whatever the layer: all layers and the final norm.",
+        "This is pi_theta for every l: all layers and the final norm.",
     ),
     Confusion(
         "sum of sums",

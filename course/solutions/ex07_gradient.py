@@ -1,7 +1,7 @@
 """Solution 7. The gradient starts at the vector that is unembedded and runs back through everything
 that this vector was computed from. E_u also gets a gradient, because it is a factor of the logits.
-Whatever comes later in the forward pass gets none: the layers above, and for ATTN 2 also the FFN of
-its own layer. Only pi_theta uses the final norm.
+What comes later in the forward pass gets none: the layers above, and for ATTN 2 also the FFN of its
+own layer. Only pi_theta uses the final norm.
 
 The embedding row of an absent token is not used, so its gradient is 0. The token's row of E_u does
 have a gradient, because the softmax lowers all tokens that were not chosen. If embeddings are tied,

@@ -1,7 +1,7 @@
 """Solution 10, for one question: a phase 1 over two layers, with three steps at layer 3 and then
 three at layer 4, compared with GRPO. The result is in report.md. The interval is that of the
-differences: whatever both arms of a pair share, such as a lucky seed, cancels in the difference. In
-an interval for each arm alone it would only add width."""
+differences: what both arms of a pair share, such as a lucky seed, cancels in the difference. In an
+interval for each arm alone it would only add width."""
 
 import sys
 from pathlib import Path
