@@ -152,8 +152,10 @@ def step_against(peer, name: str, s: toy.Settings, rounds: int) -> dict:
     """Make steps of TRL, and after each one of ours from a callback; lengths are means."""
     model = random_model(s.model_config())
     optimizer = adamw(model)
-    ours, theirs = [], []  # seconds of each step
-    our_lengths, their_lengths = [], []
+    ours = []  # seconds of each step
+    theirs = []
+    our_lengths = []
+    their_lengths = []
 
     def reward(prompts, completions, completion_ids, **_):
         their_lengths.append(np.mean([len(ids) for ids in completion_ids]))
@@ -232,14 +234,16 @@ def inside_by_hooks(model, tokens, mask) -> dict:
     One forward pass keeps all activations. Then whole tensors are unembedded, and the response
     positions are picked from the results.
     """
-    kept, L = {}, model.n_layer
+    L = model.n_layer
+    kept = {}
     with hooks_that_keep(model, kept):
         model(tokens[:, :-1])
 
     def outputs_of(part):
         return [kept[f"blocks.{i}.{part}"] for i in range(L)]
 
-    stream, mid = [kept["embed"]], []  # H^0..H^L, and between attention and FFN
+    stream = [kept["embed"]]  # H^0..H^L
+    mid = []  # between attention and FFN
     for attn, mlp in zip(outputs_of("attn"), outputs_of("mlp")):
         mid.append(stream[-1] + attn)
         stream.append(mid[-1] + mlp)

@@ -139,6 +139,102 @@ def differences(lines: list[dict], arm: str, control: str, difference, unit: str
     return [float(np.mean(by_unit[name])) for name in sorted(by_unit)]
 
 
+# ---- what a step of phase 1 is worth -------------------------------------------------------------
+
+
+def delayed(reward: list[float], steps: int) -> np.ndarray:
+    """Return the reward curve of an idle run: a run that learns nothing in its first `steps` steps.
+
+    The first reward is held for these steps. Then the curve starts, as late as that.
+    """
+    reward = np.array(reward)
+    return np.concatenate([np.full(steps, reward[0]), reward[: len(reward) - steps]])
+
+
+def costs(lines: list[dict], arm: str, control: str, s_inter: int, unit: str) -> dict[str, list]:
+    """Return differences of training reward between an arm, its control and an idle run, in points.
+
+    The idle run is the control, delayed by the s_inter steps of phase 1. "after the switch" is the
+    arm after phase 1 minus the control from its first step on, over equally many steps.
+    """
+
+    def of_pairs(difference):
+        def in_points(line, partner):
+            reward = np.array(line["reward"])
+            idle = delayed(partner["reward"], s_inter)
+            return 100 * np.mean(difference(reward, np.array(partner["reward"]), idle))
+
+        return differences(lines, arm, control, in_points, unit)
+
+    has_phase_2 = all(len(line["reward"]) > s_inter for line in lines)
+    return {
+        "arm - control": of_pairs(lambda reward, control, idle: reward - control),
+        "idle - control": of_pairs(lambda reward, control, idle: idle - control),
+        "arm - idle": of_pairs(lambda reward, control, idle: reward - idle),
+        "after the switch": of_pairs(lambda reward, control, idle: (reward - idle)[s_inter:])
+        if has_phase_2
+        else [],
+    }
+
+
+def worth(costs, idle_costs) -> tuple[float, float, float]:
+    """Return what a step of phase 1 is worth in steps of the control, and its 95% interval.
+
+    It is 1 - cost / cost of idling for as many steps. A step that is worth 1 is as good as a step
+    of the control, and one that is worth 0 is as good as no step. Worth can be negative. The
+    interval of a single pair is unbounded.
+    """
+    low, high = ratio_interval(costs, idle_costs)
+    return 1 - np.mean(costs) / np.mean(idle_costs), 1 - high, 1 - low
+
+
+def ratio_interval(above, below) -> tuple[float, float]:
+    """Return the 95% interval of mean(above) / mean(below), for pairs of values, by Fieller.
+
+    It holds every ratio r for which a t-test does not reject that above - r * below has mean 0. If
+    a t-test does not reject that `below` has mean 0, the interval is unbounded: (-inf, inf).
+    """
+    from scipy.stats import t
+
+    n = len(above)
+    if n < 2:
+        return -np.inf, np.inf
+    x = np.mean(above)
+    y = np.mean(below)
+    (xx, xy), (_, yy) = t.ppf(0.975, n - 1) ** 2 / n * np.cov(above, below)
+    # The limits solve (x - r y)^2 = xx - 2 r xy + r^2 yy, which is a r^2 - 2 b r + c = 0.
+    a = y**2 - yy
+    b = x * y - xy
+    c = x**2 - xx
+    if a <= 0:
+        return -np.inf, np.inf
+    root = np.sqrt(b**2 - a * c)
+    return float((b - root) / a), float((b + root) / a)
+
+
+WORTH_NOTE = (
+    "Training reward, mean over the run, in points. An idle run is the control, delayed by the "
+    "steps of phase 1. After the switch: the arm after phase 1 minus the control from its first "
+    "step on. Worth of a step of phase 1, in steps of the control: 1 - (arm - control) / "
+    "(idle - control), with its 95% interval by Fieller's theorem."
+)
+
+
+def worth_table(lines: list[dict], arms: dict[str, tuple[str, int]], unit: str) -> str:
+    """Return a table of what a step of phase 1 is worth in each of {arm: (control, s_inter)}."""
+    rows = []
+    columns = ["arm - control", "idle - control", "arm - idle", "after the switch"]
+    for arm, (control, s_inter) in arms.items():
+        found = costs(lines, arm, control, s_inter, unit)
+        n = len(found["arm - control"])
+        if n:
+            value, low, high = worth(found["arm - control"], found["idle - control"])
+            interval = f"{low:.2f} to {high:.2f}" if np.isfinite(low) else "unbounded"
+            cells = [with_interval(found[name]) for name in columns]
+            rows.append([arm, control, n, *cells, f"{value:.2f} ({interval})"])
+    return markdown_table(["arm", "control", f"{unit}s", *columns, "worth"], rows)
+
+
 # ---- models --------------------------------------------------------------------------------------
 
 
@@ -157,27 +253,23 @@ def layer_of(parameter_name: str) -> int | None:
     return int(number[1]) + 1 if number else None
 
 
+def above(model, layer: int) -> list:
+    """Return the parameters that phase 1 at a layer does not train: blocks above it, final norm."""
+    return [*model.blocks[layer:].parameters(), *model.final_norm.parameters()]
+
+
 def gradient(model, rollouts, policy=FULL, weights=None, chunk=64) -> dict[int, torch.Tensor]:
     """Return the gradient of GRPO's loss on a batch by layer: {layer: one vector}.
 
     Before the first update of a batch every ratio is 1. The gradient of the loss is then that of
     -sum(weight * log pi(token)) / tokens, over all response tokens. `weights` (N,) are the GRPO
-    advantages unless they are given; rows of weight 0 are not computed. A layer without gradient is
-    left out. `chunk` rows go through the model at a time.
+    advantages unless they are given. A layer without gradient is left out. `chunk` rows go through
+    the model at a time.
     """
     if weights is None:
         weights = group_advantages(rollouts.rewards).flatten()
-    weights = weights.to(model.device)
     tokens_in_all = (rollouts.end - rollouts.prompt_len).sum()
-    model.zero_grad(set_to_none=True)
-    learning = weights.nonzero()[:, 0]
-    for start in range(0, len(learning), chunk):
-        rows = learning[start : start + chunk]
-        T = int(rollouts.end[rows].max())
-        mask = response_mask(rollouts.prompt_len[rows], rollouts.end[rows], T)
-        logp = token_logprobs(model, rollouts.tokens[rows, :T], mask, policy)
-        loss = -(weights[rows, None] * logp).sum() / tokens_in_all
-        loss.backward()
+    backward(model, rollouts, policy, -weights.to(model.device) / tokens_in_all, chunk)
     parts = {}
     for name, parameter in model.named_parameters():
         layer = layer_of(name)
@@ -185,6 +277,21 @@ def gradient(model, rollouts, policy=FULL, weights=None, chunk=64) -> dict[int, 
             parts.setdefault(layer, []).append(parameter.grad.flatten())
     model.zero_grad(set_to_none=True)
     return {layer: torch.cat(vectors) for layer, vectors in parts.items()}
+
+
+def backward(model, rollouts, policy, weights, chunk: int):
+    """Set .grad to the gradient of sum(weight * log pi(response)) over the rows of a batch.
+
+    Rows whose weight is 0 are not computed.
+    """
+    model.zero_grad(set_to_none=True)
+    learning = weights.nonzero()[:, 0]
+    for start in range(0, len(learning), chunk):
+        rows = learning[start : start + chunk]
+        T = int(rollouts.end[rows].max())
+        mask = response_mask(rollouts.prompt_len[rows], rollouts.end[rows], T)
+        logp = token_logprobs(model, rollouts.tokens[rows, :T], mask, policy)
+        (weights[rows] * logp.sum(1)).sum().backward()
 
 
 def cosine(one: dict, other: dict) -> float:

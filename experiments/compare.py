@@ -165,7 +165,8 @@ def pass_curves(groups: dict, problems: int, samples: int) -> dict:
 
     Problems are pooled over the runs of a setting; "base" pools the base models of all runs.
     """
-    counts, seen = {}, set()
+    counts = {}
+    seen = set()
     for label, runs in groups.items():
         for run in runs:
             checkpoints = {label: "final"}
@@ -194,7 +195,8 @@ def pass_curves(groups: dict, problems: int, samples: int) -> dict:
 @analyze.styled
 def draw_passk(found: dict) -> Figure:
     """Return a figure of Pass@K against K: a panel for each length of problem, the base dashed."""
-    curves, ks = found["curves"], found["k"]
+    curves = found["curves"]
+    ks = found["k"]
     tiers = sorted({n for by_tier in curves.values() for n in by_tier})
     figure = Figure(figsize=(analyze.WIDTH, 2.3))
     axes = figure.subplots(1, len(tiers), sharey=True, squeeze=False)

@@ -38,7 +38,8 @@ class Decoder:
         self.tokens = self.start.clone()
         self.end = self.lengths.clone()
         self.t = torch.zeros(1, dtype=torch.long, device=prompt.device)
-        (N, T), c = self.start.shape, model.cfg
+        c = model.cfg
+        N, T = self.start.shape
         cache = torch.zeros(c.n_layer, 2, N, c.n_kv_head, T, c.head_dim, device=prompt.device)
         self.cache = cache.to(model.embed.weight.dtype)
 
@@ -55,7 +56,9 @@ class Decoder:
 
     def step(self):
         """Choose token t + 1 of every row, from token t and the cache."""
-        model, t, after = self.model, self.t, self.t + 1
+        model = self.model
+        t = self.t
+        after = t + 1
         h = model.embed(self.tokens.index_select(1, t))  # (N, 1, d)
         rope = model.cos.index_select(0, t), model.sin.index_select(0, t)
         seen = (torch.arange(self.tokens.shape[1], device=t.device) <= t)[None]

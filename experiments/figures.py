@@ -17,79 +17,57 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import analyze
-from experiments import common, compare, mechanism, study
+from experiments import common, compare, lm_study, mechanism, study
 
 RUNS = [str(common.ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
 LANGUAGE_MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 EVALUATED = {"smollm2": range(0, 21, 5), "qwen": (0, 4, 8, 12, 16, 18)}  # optimizer steps
-ROWS = {  # of the forest plot, from top to bottom: {what a colour means: {arm: its row}}
-    "phase 1": {
-        "BuPO, rule": "BuPO at the rule's layer",
-        "BuPO, layer 3": "BuPO at layer 3",
-        "BuPO, layer 5": "BuPO at layer 5",
-        "BuPO, rule, s_inter 10": "phase 1 of 10 steps, not 5",
-        "BuPO, rule, s_inter 20": "phase 1 of 20 steps",
-    },
-    "one change of phase 1 alone": {
-        "GRPO, above rule frozen": "only freezing above the rule's layer",
-        "GRPO, above 3 frozen": "only freezing above layer 3",
-        "GRPO, above 5 frozen": "only freezing above layer 5",
-        "GRPO, moments reset at 5": "only the optimizer's reset",
-    },
-    "internal policies pretrained (W)": {
-        f"BuPO, layer {l}, W = {W}": f"BuPO at layer {l}, W = {W}"
-        for l in (3, 5)
-        for W in study.WEIGHTS
-    },
-    "other settings": {
-        "96 problems, BuPO": "BuPO on the same 96 problems",
-        "PPO, BuPO": "phase 1 in PPO",
-        "RLOO, BuPO": "phase 1 in RLOO",
-        "Reinforce++, BuPO": "phase 1 in Reinforce++",
-    },
+# Rows of the figure of worth, from top to bottom: the arms of the study with their labels, then the
+# language models with the arms that are shown.
+ROWS = {
+    "BuPO, rule": "BuPO at the rule's layer",
+    "BuPO, layer 3": "BuPO at layer 3",
+    "BuPO, rule, s_inter 20": "BuPO at the rule's layer, 20 steps of phase 1",
+    "GRPO, above rule frozen": "GRPO, in phase 1 frozen above the rule's layer",
+    "PPO, BuPO": "PPO with a phase 1",
+    "BuPO, layer 5, W = 1": "BuPO at layer 5, internal policies pretrained",
 }
+LM_ROWS = (
+    ("smollm2", "BuPO, layer 15"),
+    ("smollm2", "BuPO, layer 28"),
+    ("qwen", "BuPO, layer 12"),
+    ("qwen", "BuPO, layer 23"),
+)
 
 
-def forest(lines: list[dict], pairs: list[dict]):
-    """Draw each effect on accuracy over the run as a row, with its 95% interval over base models.
-
-    For the language models it is the effect on the reward over the run, and the interval is over
-    seeds.
-    """
-    figure, ax = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
-    names = []
-
-    def rows(group, effects):  # {name of a row: differences}
-        at = range(-len(names), -len(names) - len(effects), -1)
-        mean, half = zip(*(common.mean_interval(d) for d in effects.values()))
-        ax.errorbar(mean, at, xerr=half, fmt="o", capsize=2, label=group)
-        names.extend(f"{name}  ({len(d)})" for name, d in effects.items())
-
-    for group, arms in ROWS.items():
-        effects = {
-            name: study.differences(lines, arm, lambda a, b: study.area(a) - study.area(b))
-            for arm, name in arms.items()
-        }
-        rows(group, {name: d for name, d in effects.items() if len(d) > 1})
-    effects = {}
-    for model, name in LANGUAGE_MODELS.items():
+def effects(lines: list[dict], pairs: list[dict]):
+    """Draw what a step of phase 1 is worth, one row per arm, with its 95% interval by Fieller."""
+    rows = []  # (label, what common.costs returns)
+    for arm, label in ROWS.items():
+        control = study.without_phase_1(arm)
+        found = common.costs(lines, arm, control, study.ARMS[arm].s_inter, "base")
+        n = len(found["arm - control"])
+        rows.append((f"{label}\nagainst {control}, {n} base models", found))
+    for model, arm in LM_ROWS:
         of_model = [line for line in pairs if line["model"] == model]
-        for arm in dict.fromkeys(line["arm"] for line in of_model):
-            if arm != "GRPO":
-                effects[f"{name}: {arm}"] = common.differences(
-                    of_model, arm, "GRPO", reward_gained, unit="seed"
-                )
-    rows("language models", effects)
-    ax.axvline(0, color="0.45", linewidth=0.8)
-    ax.set_yticks(range(0, -len(names), -1), names)
-    ax.set_xlabel("arm - GRPO over the run, in points  (bases or seeds)")
-    ax.legend(loc="center left")
+        found = common.costs(of_model, arm, "GRPO", lm_study.TRAINING[model]["phase1"], "seed")
+        n = len(found["arm - control"])
+        rows.append((f"{LANGUAGE_MODELS[model]}: {arm}\nagainst GRPO, {n} seeds", found))
+
+    figure, ax = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
+    for row, (_, found) in enumerate(rows):
+        value, low, high = common.worth(found["arm - control"], found["idle - control"])
+        colour = "C0" if row < len(ROWS) else "C1"
+        error = [[value - low], [high - value]]
+        ax.errorbar(value, -row, xerr=error, fmt="o", capsize=3, color=colour)
+        ax.annotate(f"{value:.2f}", (value, -row), (0, 5), textcoords="offset points", ha="center")
+    ax.set_yticks(range(0, -len(rows), -1), [label for label, _ in rows])
+    for at, name in ((0, "no step"), (1, "a step of\nthe control")):
+        ax.axvline(at, color="0.45", linewidth=0.8)
+        ax.annotate(name, (at, 1), (0, 3), ("data", "axes fraction"), "offset points", ha="center")
+    ax.set_xlim(-0.75, 1.2)
+    ax.set_xlabel("what a step of phase 1 is worth, in steps of the control")
     save(figure, "study_effects.png")
-
-
-def reward_gained(line: dict, control: dict) -> float:
-    """Return arm - control in points of training reward, mean over the run."""
-    return 100 * (np.mean(line["reward"]) - np.mean(control["reward"]))
 
 
 def scatter(points: list[tuple]):
@@ -105,6 +83,22 @@ def scatter(points: list[tuple]):
     ax.set_title(f"Spearman's correlation {rho:.2f} ({low:.2f} to {high:.2f})", size=9)
     ax.legend()
     save(figure, "study_prediction.png")
+
+
+def predicted_and_measured(points: list[tuple]):
+    """Draw measured against predicted worth: one point per base model, W and arm, with y = x."""
+    figure, ax = plt.subplots(figsize=(4.5, 4), layout="constrained")
+    for i, W in enumerate((0, *study.WEIGHTS)):
+        for marker, is_frozen in (("o", False), ("s", True)):
+            chosen = [x[3:] for x in points if x[2] == W and ("frozen" in x[0]) == is_frozen]
+            kind = "frozen control" if is_frozen else "phase 1"
+            if chosen:
+                style = dict(color=f"C{i}", markersize=3.5, label=f"{kind}, W = {W}")
+                ax.plot(*zip(*chosen), marker, fillstyle="none" if is_frozen else "full", **style)
+    ax.axline((0, 0), slope=1, color="0.45", linewidth=0.8)
+    ax.set(xlabel="worth of a step, predicted without training", ylabel="worth as measured")
+    ax.legend(fontsize=7)
+    save(figure, "study_worth.png")
 
 
 def training(pairs: list[dict]):
@@ -157,9 +151,12 @@ def of_study() -> int:
     """Draw the figures of the committed results of study, mechanism and lm_study. Return 0."""
     runs = common.read_lines(study.RESULTS)
     pairs = common.read_lines(common.RESULTS / "lm_pairs.jsonl")
-    forest(runs, pairs)
+    effects(runs, pairs)
     training(pairs)
     scatter(mechanism.prediction(common.read_lines(mechanism.RESULTS), runs))
+    points = mechanism.worth_points(common.read_lines(mechanism.WORTH_RESULTS), runs)
+    if points:
+        predicted_and_measured(points)
     return 0
 
 

@@ -61,7 +61,8 @@ def seconds(o, f) -> float:
 
 def apart(a, b) -> float:
     """Return the largest difference of two tensors, relative to the largest number of b."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    a = a.detach().double().cpu()
+    b = b.detach().double().cpu()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
@@ -130,10 +131,12 @@ def resume(o) -> dict:
 
 def analyze_commands(o) -> dict:
     """Return the seconds of each command on the run of `main`, which must exist."""
-    run, found = o.work / "main", {}
+    run = o.work / "main"
+    found = {}
     for command in ("sample", "step") if o.quick else analyze.COMMANDS:
         prompt = ["7+5*3-2="] if command in ("lens", "sample") else []
-        argv, started = [command, str(run), *prompt, "--device", o.device.type], time.perf_counter()
+        argv = [command, str(run), *prompt, "--device", o.device.type]
+        started = time.perf_counter()
         if code := analyze.main(argv):
             raise RuntimeError(f"analyze.py {' '.join(argv)} ended with {code}")
         found[f"seconds, {command}"] = time.perf_counter() - started
@@ -167,7 +170,8 @@ def forward_flops(cfg: GPTConfig, positions: int, pairs: int, unembedded: int) -
     computes the other half and masks it has T^2. A backward pass costs twice as much, so both
     passes cost three times this.
     """
-    heads, kv = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+    heads = cfg.n_head * cfg.head_dim
+    kv = cfg.n_kv_head * cfg.head_dim
     per_position = 2 * cfg.d_model * (heads + 2 * kv) + 2 * heads * cfg.d_model
     per_position += 6 * cfg.d_model * cfg.d_mlp
     blocks = cfg.n_layer * (positions * per_position + pairs * 4 * heads)
@@ -247,7 +251,9 @@ def bfloat16(o) -> dict:
 def large(o) -> dict:
     """Return the memory in float32 as worked out by hand, and the seconds of a step."""
     s, model, _ = setting(o, **LARGE)
-    c, rows, T = model.cfg, s.questions * s.group, 2 * s.n + s.response_limit
+    c = model.cfg
+    rows = s.questions * s.group
+    T = 2 * s.n + s.response_limit
     parameters = sum(p.numel() for p in model.parameters())
     state = 16 * parameters  # weights, gradients, AdamW's two moments
     # keys and values, and the copy that is made when rows that ended are dropped
@@ -264,7 +270,8 @@ def large(o) -> dict:
 def graph(o) -> dict:
     """Return the seconds of sampling by a graph, from course/base.pt, whose responses end."""
     _, _, asked = setting(o)
-    model, found = toy.load_model(BASE, o.device), {}
+    model = toy.load_model(BASE, o.device)
+    found = {}
     with torch.no_grad():
         for temperature in (0, 1):
             decoder = Decoder(model, **asked, temperature=temperature)
@@ -288,7 +295,9 @@ def trl(o) -> dict:
     if peer is None:
         return {"skipped": "TRL is not installed"}
     s, model, _ = setting(o)
-    optimizer, times, config = bench.adamw(model), [], peer.GRPOConfig
+    optimizer = bench.adamw(model)
+    times = []
+    config = peer.GRPOConfig
     here = {"use_cpu": o.device.type == "cpu"}  # trl_peer.py keeps TRL on the CPU
     peer.GRPOConfig = lambda **options: config(**(options | here))
 
@@ -339,9 +348,12 @@ def train_large(o) -> dict:
     """Train a base model of the larger setting, then BuPO at the layer that the rule picks."""
     pretrain_lr, lr = RATES
     sizes, steps = (TINY, 2) if o.quick else (TRAINED, 80)
-    s, records, started = toy.Settings(**sizes, lr=lr), [], time.perf_counter()
+    s = toy.Settings(**sizes, lr=lr)
+    records = []
+    started = time.perf_counter()
     torch.manual_seed(s.seed)
-    model, base = toy.GPT(s.model_config()).to(o.device), o.work / "large-base.pt"
+    model = toy.GPT(s.model_config()).to(o.device)
+    base = o.work / "large-base.pt"
     toy.pretrain(s, model, records, max_steps=50 if o.quick else 3000, lr=pretrain_lr)
     toy.save_checkpoint(base, model)
     found = {"seconds, base model": time.perf_counter() - started}

@@ -4,6 +4,7 @@
     python -m experiments.language_models look smollm2       # or qwen; three to ten minutes
     python -m experiments.language_models signs smollm2      # the main README's numbers; a minute
     python -m experiments.language_models cost smollm2       # phase 1 against phase 2: time, memory
+    python -m experiments.language_models worth smollm2 --layers 15 28     # which layer to choose
 
 MODEL is a name on the Hugging Face hub, a directory or a .gguf file. A hub name was not tried here.
 `smollm2` and `qwen` work without the hub: SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct are
@@ -28,6 +29,7 @@ import torch
 
 import train_toy as toy
 from experiments import common
+from experiments.first_order import first_order_worth, policy_step, rises
 from minibupo import (
     FULL,
     Policy,
@@ -54,6 +56,8 @@ FETCHED = {  # name: packages whose parts make one file, the ending of a part, S
     ),
 }
 GROUP = 8  # responses to each question of arithmetic_rollouts
+ROWS = 16  # that go through a model at a time
+LR = 1e-6  # the paper's; the first-order worth hardly depends on it
 TEXT = """The lighthouse stood at the end of a long stone pier. Every evening, an hour
 before sunset, its keeper walked out with a lamp and a loaf of bread. He had done so for
 thirty years, in summer and in winter, and he knew each stone by its shape. When the wind
@@ -139,15 +143,27 @@ def arithmetic_rollouts(
 
 
 @torch.no_grad()
+def norm_scales(model) -> torch.Tensor:
+    """Return by how much the final norm multiplies each dimension of a vector of RMS 1: (d,).
+
+    This is measured on vectors, because some norms multiply by 1 + weight, and some have no weight.
+    """
+    x = torch.ones(model.lm_head.weight.shape[-1], device=model.device)
+    x[1::2] = -1  # so that the mean is 0, for norms that subtract it
+    x = x.to(model.lm_head.weight.dtype)
+    return (model.final_norm(x) - model.final_norm(-x)) / (2 * x)  # a bias cancels
+
+
+@torch.no_grad()
 def choices(model, tokens) -> dict:
     """Return what the policies of H^0..H^L choose after each position, in three views.
 
     The views are raw, normed, and "signed", which is raw with the sign of those dimensions flipped
-    whose weight in the final norm is negative. For each of them, by layer: the share of positions
+    that the final norm flips. For each of them, by layer: the share of positions
     whose likeliest token is the next one ("correct"), the share whose likeliest token is the most
     common choice of all positions ("same"), and the mean entropy in nats.
     """
-    sign = getattr(model.final_norm, "weight", torch.ones(())).sign()
+    sign = torch.where(norm_scales(model) < 0, -1.0, 1.0)
     views = ("raw", "signed", "normed")
     found = {view: {"correct": [], "same": [], "entropy": []} for view in views}
     trace = list(model.trace(tokens[:, :-1]))
@@ -175,7 +191,7 @@ def measurements(source, name: str) -> dict:
     T = tokens.shape[1]
     measured = look_inside(model, tokens, response_mask(torch.tensor([1]), torch.tensor([T]), T))
     theirs, _ = load_lm(source)
-    norm = model.final_norm.weight.detach()
+    scales = norm_scales(model)
     dH_mlp = measured["dH_mlp"].mean(1).tolist()
     try:
         layer = target_layer(dH_mlp)
@@ -190,8 +206,8 @@ def measurements(source, name: str) -> dict:
         "machine": common.machine(),
         "perplexity": perplexity(model, tokens),
         "perplexity_transformers": perplexity(lambda t: theirs(t).logits, tokens),
-        "final_norm_negative": int((norm < 0).sum()),
-        "final_norm_range": [float(norm.min()), float(norm.max())],
+        "final_norm_negative": int((scales < 0).sum()),
+        "final_norm_range": [float(scales.min()), float(scales.max())],
         "target_layer": layer,
         **{key: value.mean(1).tolist() for key, value in measured.items()},
         "layer_median": measured["layer"].median(1).values.tolist(),
@@ -216,7 +232,8 @@ def look(source, name: str):
     print(
         f"perplexity {found['perplexity']:.4f}, by transformers "
         f"{found['perplexity_transformers']:.4f} on {found['tokens']} tokens; the rule picks layer "
-        f"{found['target_layer']}; {found['final_norm_negative']} weights of the final norm are < 0"
+        f"{found['target_layer']}; the final norm changes the sign of "
+        f"{found['final_norm_negative']} dimensions"
     )
 
 
@@ -228,7 +245,7 @@ def signs(source, name: str):
     model, tokenizer = load(source)
     tokens = torch.tensor([encode_text(tokenizer, paragraphs()[0])])
     found = {"model": name, "tokens": tokens.shape[1], "perplexity": perplexity(model, tokens)}
-    found["negative_dimensions"] = (model.final_norm.weight < 0).nonzero()[:, 0].tolist()
+    found["negative_dimensions"] = (norm_scales(model) < 0).nonzero()[:, 0].tolist()
     found |= choices(model, tokens)
     write(f"language_model_{name}_signs.json", found)
     print(
@@ -269,6 +286,46 @@ def cost(source, name: str, layers=(10, 20), rounds=5, rows=8, T=32):
         }
         print(label, found[label])
     write(f"language_model_{name}_cost.json", found)
+
+
+def worth(source, name: str, layers=None, digits=1, operations="+*", questions=16, batches=4):
+    """Write language_model_NAME_worth.json: what a step of phase 1 is worth, layer by layer.
+
+    This is the first-order worth of first_order.py, on the arithmetic of minibupo_hf. It needs no
+    training. Without `layers`, four layers are measured: at a quarter, at half and at three
+    quarters of the depth, and the one below the top.
+    """
+    if batches < 3:
+        raise ValueError(f"batches must be at least 3, for an interval, not {batches}")
+    model, tokenizer = load(source, device=toy.pick_device("auto"))
+    L = model.n_layer
+    layers = layers or sorted({max(1, L // 4), max(1, L // 2), max(1, 3 * L // 4), max(1, L - 1)})
+    for layer in layers:
+        if not 1 <= layer <= L:
+            raise ValueError(f"layer must be in 1..{L}, not {layer}")
+    task = dict(digits=digits, operations=operations, questions=questions, longest=2 * digits + 2)
+    sampled = [arithmetic_rollouts(model, tokenizer, **task, seed=seed) for seed in range(batches)]
+    steps = {"GRPO": policy_step(FULL, LR, chunk=ROWS)}
+    steps |= {f"layer {layer}": policy_step(Policy(layer), LR, chunk=ROWS) for layer in layers}
+    found = rises(model, sampled, steps, chunk=ROWS)
+    reward = statistics.mean(float(batch.rewards.mean()) for batch in sampled)
+    write(
+        f"language_model_{name}_worth.json",
+        {
+            "model": name,
+            "task": task,
+            "batches": batches,
+            "reward": reward,
+            "rises": {step: matrix.tolist() for step, matrix in found.items()},
+            "machine": common.machine(),
+        },
+    )
+    print(
+        f"\n{batches} batches of {questions} x {GROUP} responses, mean reward {reward:.2f}; GRPO: 1"
+    )
+    for step in list(steps)[1:]:
+        value, half = first_order_worth(found[step], found["GRPO"])
+        print(f"{step}: a step of phase 1 is worth {value:.2f} ± {half:.2f} steps of GRPO")
 
 
 def forward_and_backward(model, tokens, mask, policy) -> tuple[float, float, float]:
@@ -325,21 +382,35 @@ def write(name: str, found: dict):
     print(f"wrote {path}")
 
 
-COMMANDS = {"look": look, "signs": signs, "cost": cost}
+COMMANDS = {"look": look, "signs": signs, "cost": cost, "worth": worth}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    style = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("language_models", **style)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, function in COMMANDS.items():
+        add = commands.add_parser(command, description=function.__doc__.split("\n")[0]).add_argument
+        add("model", metavar="MODEL", help="smollm2, qwen, or a model")
+        add("name", metavar="NAME", nargs="?", help="in the names of the files written")
+        if command == "worth":
+            add("--layers", type=int, nargs="+", help="1..L (default: four of them)")
+            add("--digits", type=int, default=1, help="of the numbers of a question (default: 1)")
+            add("--operations", default="+*", help="some of + - * (default: +*)")
+            add("--questions", type=int, default=16, help="in each batch (default: 16)")
+            add("--batches", type=int, default=4, help="of rollouts, 3 or more (default: 4)")
+    return parser
 
 
 def main(argv=None) -> int:
-    """Run the command line. Return 0, or 2 for a model that cannot be read."""
-    style = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser("language_models", **style)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("model", metavar="MODEL", help="smollm2, qwen, or a model")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="in the names of the files written")
-    args = parser.parse_args(argv)
-    name = args.name or Path(args.model).name.removesuffix(".gguf").lower()
+    """Run the command line. Return 0, or 2 for a bad option or a model that is not readable."""
+    options = vars(make_parser().parse_args(argv))
+    function = COMMANDS[options.pop("command")]
+    model = options.pop("model")
+    name = options.pop("name") or Path(model).name.removesuffix(".gguf").lower()
     try:
-        source = fetch(args.model) if args.model in FETCHED else args.model
-        COMMANDS[args.command](source, name)
+        function(fetch(model) if model in FETCHED else model, name, **options)
         return 0
     except (ValueError, ImportError) as error:
         print(f"language_models: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ import torch
 
 from experiments import common
 from experiments.common import cosine, gradient, markdown_table, with_interval
-from experiments.language_models import GROUP, arithmetic_rollouts, fetch
+from experiments.language_models import GROUP, ROWS, arithmetic_rollouts, fetch
 from minibupo import Policy, group_advantages
 from minibupo_hf.adapter import load
 from train_toy import pick_device
@@ -31,7 +31,6 @@ TASKS = {  # the arithmetic of minibupo_hf/train.py, longest response, questions
     "qwen": dict(digits=2, operations="+", longest=5, questions=12),
 }
 BATCHES = 4
-ROWS = 16  # that go through a model at a time
 
 # ---- cosines -------------------------------------------------------------------------------------
 
@@ -123,7 +122,8 @@ def train(name: str, arm: str, seed: int) -> dict:
 
 def training_options(name: str, seed: int) -> dict:
     """Return the options of minibupo_hf/train.py that all arms share."""
-    task, how = TASKS[name], TRAINING[name]
+    task = TASKS[name]
+    how = TRAINING[name]
     return {
         "model_name_or_path": fetch(name),
         "digits": task["digits"],
@@ -214,21 +214,48 @@ def gained(lines: list[dict], arm: str, measure) -> list[float]:
     return common.differences(lines, arm, "GRPO", lambda a, b: measure(a) - measure(b), unit="seed")
 
 
-REPORTS = {"cosines": table_of_cosines, "pairs": table_of_pairs}
+def worth_of(lines: list[dict]) -> str:
+    """Return what a step of phase 1 is worth in each arm of a model; a step is a batch here."""
+    name = lines[0]["model"].split(",")[0]  # of "smollm2, H200"
+    s_inter = TRAINING[name]["phase1"]
+    arms = {line["arm"]: ("GRPO", s_inter) for line in lines if line["arm"] != "GRPO"}
+    return common.worth_table(lines, arms, unit="seed")
+
+
+def report_of_cosines(lines: list[dict]) -> str:
+    """Return the report of all models."""
+    texts = [
+        "`python -m experiments.lm_study cosines`; ± is half of the 95% interval over batches.",
+    ]
+    for model, of_model in by_model(lines).items():
+        texts.append(f"## {model}\n\n{table_of_cosines(of_model)}")
+    return "\n\n".join(texts)
+
+
+def report_of_pairs(lines: list[dict]) -> str:
+    """Return the report of all models."""
+    texts = [
+        "`python -m experiments.lm_study pairs`; in points, ± is half of the 95% interval over "
+        f"seeds.\n\n{common.WORTH_NOTE}",
+    ]
+    for model, of_model in by_model(lines).items():
+        texts.append(f"## {model}\n\n{table_of_pairs(of_model)}\n\n{worth_of(of_model)}")
+    return "\n\n".join(texts)
+
+
+def by_model(lines: list[dict]) -> dict[str, list[dict]]:
+    """Return the records of each model."""
+    models = dict.fromkeys(line["model"] for line in lines)
+    return {model: [line for line in lines if line["model"] == model] for model in models}
+
+
+REPORTS = {"cosines": report_of_cosines, "pairs": report_of_pairs}
 
 
 def report(what: str):
-    """Print the tables of all models, and write them beside the results."""
+    """Print the report of all models, and write it beside the results."""
     results = common.RESULTS / f"lm_{what}.jsonl"
-    lines = common.read_lines(results)
-    over = "batches" if what == "cosines" else "seeds, in points"
-    texts = [
-        f"`python -m experiments.lm_study {what}`; ± half of the 95% interval over {over}",
-    ]
-    for model in dict.fromkeys(line["model"] for line in lines):
-        table = REPORTS[what]([line for line in lines if line["model"] == model])
-        texts.append(f"## {model}\n\n{table}")
-    common.save_report(results, "\n\n".join(texts))
+    common.save_report(results, REPORTS[what](common.read_lines(results)))
 
 
 def jobs_of(what: str, name: str) -> list[tuple]:

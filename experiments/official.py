@@ -185,8 +185,11 @@ def figure(they, model, qwen3, tokens, mask, _, name="EntropyAnalyzer"):
         P = int(at.nonzero()[0]) + 1
         T = int(at.nonzero()[-1]) + 2
         analyzer = they.EntropyAnalyzer.__new__(they.EntropyAnalyzer)  # __init__ fetches a model
-        analyzer.model, analyzer.device, analyzer.hooks = qwen3, "cpu", []
-        analyzer.module_activations, analyzer.internal_entropy_data = defaultdict(list), []
+        analyzer.model = qwen3
+        analyzer.device = "cpu"
+        analyzer.hooks = []
+        analyzer.module_activations = defaultdict(list)
+        analyzer.internal_entropy_data = []
         analyzer._register_hooks()
         qwen3.model(row[None, :T])
         analyzer._remove_hooks()

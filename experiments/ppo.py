@@ -13,7 +13,9 @@ import torch
 
 from minibupo import FULL, response_mask, surrogate, token_logprobs
 
-CRITIC_LR, MINIBATCHES, MAX_GRAD_NORM = 1e-3, 4, 1.0
+CRITIC_LR = 1e-3
+MINIBATCHES = 4
+MAX_GRAD_NORM = 1.0
 
 
 class Critic(torch.nn.Module):
@@ -35,7 +37,8 @@ class Critic(torch.nn.Module):
 
         Returns {"critic_error": the mean squared error of the values, before each step}.
         """
-        tokens, rewards = rollouts.tokens, rollouts.rewards.flatten()
+        tokens = rollouts.tokens
+        rewards = rollouts.rewards.flatten()
         mask = response_mask(rollouts.prompt_len, rollouts.end, tokens.shape[1])
         with torch.no_grad():
             old_logp = token_logprobs(model, tokens, mask, policy)

@@ -19,7 +19,8 @@ import train_toy as toy
 from experiments import common
 
 RESULTS = common.RESULTS / "seeds.jsonl"
-RUNS, BASES = range(5), range(200, 220)  # seeds
+RUNS = range(5)  # seeds of the main job
+BASES = range(200, 220)  # seeds of the base models alone
 COMMAND = [sys.executable, "train_toy.py", "--threads", "1"]
 
 

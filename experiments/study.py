@@ -62,12 +62,6 @@ class Training:
         """Return the rollouts of a step, sampled from the model unless another one is given."""
         return toy.rollouts(self.s, model or self.model, step, self.questions(self.s, step))
 
-    def freeze_above(self, frozen: bool):
-        """Take the layers above the chosen one and the final norm out of training, or put back."""
-        above = [*self.model.blocks[self.layer :].parameters(), *self.model.final_norm.parameters()]
-        for parameter in above:
-            parameter.requires_grad_(not frozen)
-
 
 # Algorithm 1 and its variations. Each yields (step, rollouts) after the step's update.
 
@@ -96,10 +90,20 @@ def only_reset(run: Training):
         yield step, rollouts
 
 
+def idle(run: Training):
+    """GRPO whose first s_inter updates are skipped; everything else is done as in GRPO."""
+    for step, _ in run.phases(FULL):
+        rollouts = run.sample(step)
+        if step > run.s_inter:
+            run.update(run.model, rollouts, FULL)
+        yield step, rollouts
+
+
 def frozen_above(run: Training):
     """GRPO in both phases; in phase 1 only the weights that BuPO would train are trained."""
     for step, _ in run.phases(FULL):
-        run.freeze_above(step <= run.s_inter)
+        for parameter in common.above(run.model, run.layer):
+            parameter.requires_grad_(step > run.s_inter)
         rollouts = run.sample(step)
         run.update(run.model, rollouts, FULL)
         yield step, rollouts
@@ -171,6 +175,7 @@ ARMS = {
     **{f"BuPO, rule, s_inter {n}": Arm(s_inter=n) for n in (2, 10, 20, 60)},
     "BuPO, rule, attention": Arm(s_inter=5, site="attn_out"),
     "BuPO, rule, FFN": Arm(s_inter=5, site="mlp_out"),
+    **{f"GRPO, idle {n}": Arm(s_inter=n, loop=idle) for n in (5, 20)},
     "GRPO, moments reset at 5": Arm(s_inter=5, loop=only_reset),
     "BuPO, rule, moments kept": Arm("BuPO, rule", 5, loop=moments_kept),
     "BuPO, layer 3, on-policy": Arm("BuPO, layer 3", 5, 3, loop=on_policy),
@@ -192,10 +197,18 @@ ARMS = {
     "96 problems, BuPO": Arm("96 problems, GRPO", 5, questions=finite_set),
 }
 MAIN = ("GRPO", "BuPO, rule", "BuPO, layer 3", "96 problems, GRPO", "96 problems, BuPO")
-BASES, SEEDS = range(70, 78), (500, 501)
+BASES = range(70, 78)
+SEEDS = (500, 501)
 SIZES = dict(questions=32, steps=60, lr=4e-4, threads=1, eval_problems=128)
 QUICK = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
-QUICK_ARMS = ("GRPO", "BuPO, rule", "GRPO, above 3 frozen", "BuPO, rule, normed", "PPO, BuPO")
+QUICK_ARMS = (
+    "GRPO",
+    "BuPO, rule",
+    "GRPO, above 3 frozen",
+    "GRPO, idle 5",
+    "BuPO, rule, normed",
+    "PPO, BuPO",
+)
 
 
 def plan() -> list[tuple]:
@@ -260,8 +273,10 @@ def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
     torch.set_num_threads(1)
     started = time.process_time()
     job = training(ARMS[name], seed, base, sizes)
-    s, model = job.s, job.model
-    reward, held = [], []
+    s = job.s
+    model = job.model
+    reward = []
+    held = []
     seconds = 0.0
     since = time.process_time()
     for step, rollouts in ARMS[name].loop(job):
@@ -311,8 +326,15 @@ def differences(lines: list[dict], name: str, difference) -> list[float]:
     return [100 * value for value in found]
 
 
+def without_phase_1(name: str) -> str:
+    """Return the control of an arm that has no phase 1: that of its control, if need be."""
+    while ARMS[name].s_inter:
+        name = ARMS[name].control
+    return name
+
+
 def report(lines: list[dict]) -> str:
-    """Return all contrasts as a Markdown table, in points with 95% intervals over base models."""
+    """Return all contrasts and what a step of phase 1 is worth, with intervals over base models."""
     contrasts = {
         name: lambda line, control, read=read: read(line) - read(control)
         for name, read in MEASURES.items()
@@ -324,10 +346,16 @@ def report(lines: list[dict]) -> str:
         if found[0]:
             cells = [common.with_interval(values) for values in found]
             rows.append([f"{name} - {arm.control}", len(found[0]), *cells])
-    table = common.markdown_table(["arm - control", "bases", *contrasts], rows)
+    accuracy = common.markdown_table(["arm - control", "bases", *contrasts], rows)
+    arms = {name: (without_phase_1(name), arm.s_inter) for name, arm in ARMS.items() if arm.s_inter}
+    worth = common.worth_table(lines, arms, unit="base")
     return (
-        f"{len(lines)} runs of `python -m experiments.study`, whose plan has {len(plan())}; "
-        f"± half of the 95% interval over base models, in points\n\n{table}"
+        f"{len(lines)} runs of `python -m experiments.study`, whose plan has {len(plan())}. "
+        "± is half of a 95% t-interval over base models.\n\n"
+        "## Held-out accuracy, in points\n\n"
+        f"{accuracy}\n\n"
+        "## What a step of phase 1 is worth\n\n"
+        f"{common.WORTH_NOTE}\n\n{worth}"
     )
 
 
@@ -338,10 +366,14 @@ def main(argv=None):
     parser.add_argument("--report", action="store_true", help="run nothing; only write the report")
     args = parser.parse_args(argv)
     if args.quick:
-        out, results, sizes = args.quick, args.quick / "study.jsonl", QUICK
+        out = args.quick
+        results = out / "study.jsonl"
+        sizes = QUICK
         runs = [(name, 0, 300) for name in QUICK_ARMS]
     else:
-        out, results, sizes = common.ROOT / "out" / "study", RESULTS, SIZES
+        out = common.ROOT / "out" / "study"
+        results = RESULTS
+        sizes = SIZES
         runs = plan()
     if not args.report:
         run_missing(out, results, sizes, runs)

@@ -34,11 +34,13 @@ MINIBATCHES = 4  # as in minibupo.update
 
 def same_weights(model: GPT, qwen3):
     """Yield pairs (our weight, theirs). If one of ours is several of theirs, ours are views."""
-    c, theirs = model.cfg, dict(qwen3.named_parameters())
+    c = model.cfg
+    theirs = dict(qwen3.named_parameters())
     yield model.embed.weight, theirs["model.embed_tokens.weight"]
     yield model.final_norm.weight, theirs["model.norm.weight"]
     for i, block in enumerate(model.blocks):
-        attn, mlp = block.attn, block.mlp
+        attn = block.attn
+        mlp = block.mlp
         q, k, v = attn.qkv.weight.split([heads * c.head_dim for heads in attn.heads])
         gate, up = mlp.gate_up.weight.chunk(2)
         ours = {

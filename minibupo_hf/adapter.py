@@ -9,6 +9,8 @@ whole model by numbers when it is made. So an untried model comes out exact, or 
 """
 
 import copy
+import math
+import textwrap
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -164,9 +166,16 @@ class HFModel(LanguageModel):
 
         self.n_layer = len(self.blocks)
         self.vocab_size = len(self.lm_head.weight)
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
-        self.context_length = limit or 2**31  # some models have no limit
+        self.context_length = context_length(self.decoder.config)
+        # a chat model ends its turn with one token, and a text with another
+        self.eos_ids = as_list(lm.generation_config.eos_token_id)
         self._check_model()
+
+    def generate(self, prompt, max_new_tokens, *, eos_id=None, **options):
+        """LanguageModel's. Unless eos_id is None, eos_ids end a response as well."""
+        if eos_id is not None:
+            eos_id = as_list(eos_id) + self.eos_ids
+        return super().generate(prompt, max_new_tokens, eos_id=eos_id, **options)
 
     def residual(self, tokens, layer: int):
         self._check_tokens(tokens)
@@ -242,6 +251,10 @@ class HFModel(LanguageModel):
             h = self.residual(tokens, l)
             self._require(h, trace.resid_post, f"layer {l} on its own gives another H^{l}")
         self._require(theirs, self(tokens), "H^L gives other logits")
+        changed = tokens.clone()
+        changed[0, -1] = 0
+        before = self(changed)[:, :-1]
+        self._require(theirs[:, :-1], before, "what follows a token changes its logits")
 
         # An unembedding that caps or scales its logits shows when they are large. Any vectors will
         # do, at a size that spreads their logits by 100.
@@ -252,14 +265,18 @@ class HFModel(LanguageModel):
         self._require(self.unembed(probe), theirs, "its logits are scaled or capped")
 
     def _require(self, a, b, what: str):
-        """Raise ValueError unless a and b are equal to half of the digits of their type.
+        require_close(a, b, f"{type(self.lm).__name__} cannot be opened: {what}")
 
-        Half, because rounding adds up over layers. The tolerance is relative to each number and to
-        the median, because a few dimensions of a stream can be 1000 times as large as the others.
-        """
-        close = torch.finfo(a.dtype).eps ** 0.5
-        if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
-            raise ValueError(f"{type(self.lm).__name__} cannot be opened: {what}")
+
+def require_close(a, b, otherwise: str):
+    """Raise ValueError unless a and b are equal to half of the digits of their type.
+
+    Half, because rounding adds up over layers. The tolerance is relative to each number and to the
+    median, because a few dimensions of a stream can be 1000 times as large as the others.
+    """
+    close = torch.finfo(a.dtype).eps ** 0.5
+    if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
+        raise ValueError(otherwise)
 
 
 def _shallow_copy(module):
@@ -267,6 +284,36 @@ def _shallow_copy(module):
     copied = copy.copy(module)
     copied._modules = module._modules.copy()  # nn.Module's own dict of children, else shared
     return copied
+
+
+@torch.no_grad()
+def norm_scales(model):
+    """The factor (d,) by which the final norm of an HFModel scales each dimension, as measured.
+
+    Its weight would not tell: Gemma scales by 1 + weight, and OLMo's norm has none. The vector has
+    a mean of 0 and a size of 1, so that nothing but the scale changes it; a bias falls out.
+    """
+    h = torch.ones_like(model.lm_head.weight[:1])
+    h[:, 1::2] = -1
+    return ((model.final_norm(h) - model.final_norm(-h)) / (2 * h))[0]
+
+
+def as_list(ids) -> list[int]:
+    """Token ids as transformers has them, None or one or several, as a list."""
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def context_length(config) -> int:
+    """The longest sequence that a model reads with one set of positions; 2^31 without a limit."""
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # one set, or one for each kind of attention
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            # beyond it all positions are turned otherwise, those before it as well
+            limit = min(limit, parameters["original_max_position_embeddings"])
+    return limit
 
 
 class KVCache(dict):
@@ -278,20 +325,77 @@ class KVCache(dict):
         return self
 
 
-# ---- reading a model, and encoding text for it ---------------------------------------------------
+# ---- what TRL does with a model ------------------------------------------------------------------
+
+
+def remove_dropout(lm):
+    """Set all dropout to 0, because TRL scores responses in training mode.
+
+    With dropout, the first ratios of a batch would not be 1.
+    """
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def check_for_trl(lm):
+    """Raise ValueError for a model that TRL would score otherwise than it is.
+
+    TRL pads prompts on the left and passes no positions. So a model with learned positions, like
+    GPT-2, would count them from the padding.
+    """
+    name = f"{type(lm).__name__} cannot be trained by TRL"
+    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
+    in_training = lm.train()(input_ids=tokens, use_cache=False).logits
+    alone = lm.eval()(input_ids=tokens, use_cache=False).logits
+    require_close(alone, in_training, f"{name}: it gives other logits in training mode")
+
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    padded = lm(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 3:]
+    alone = lm(input_ids=tokens[:, 3:], use_cache=False).logits
+    require_close(alone, padded, f"{name}: it needs positions if its prompts are padded")
+
+
+def prepare_to_save(generation_config):
+    """Make a generation_config one that transformers will save after the last step.
+
+    Llama 2 and Vicuna have a temperature without do_sample, which transformers refuses to save.
+    Raises ValueError if something else is wrong with it.
+    """
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
+        generation_config.validate(strict=True)
+
+
+# ---- reading a model -----------------------------------------------------------------------------
 
 
 def load(source, dtype: str = "float32", device="cpu"):
     """(HFModel, tokenizer) from a hub name, a directory, or a .gguf file, read by transformers.
 
-    Raises ImportError without the extra `hf`, and ValueError for what cannot be read.
+    A PEFT adapter is merged into its base model. Raises ImportError without the extra `hf`, and
+    ValueError for what cannot be read.
     """
     lm, tokenizer = load_lm(source, dtype)
+    if hasattr(lm, "merge_and_unload"):
+        lm = lm.merge_and_unload().requires_grad_(True)
     return HFModel(lm.to(device)), tokenizer
 
 
-def load_lm(source, dtype: str = "float32", revision="main", **options):
-    """(transformers' model, tokenizer), not yet checked; `options` are AutoModelForCausalLM's."""
+def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, **options):
+    """(transformers' model, tokenizer), not yet opened; `options` are AutoModelForCausalLM's.
+
+    If the source is a PEFT adapter, the model is a PeftModel that can be trained. Raises
+    ImportError without the extra `hf`, and ValueError for what cannot be read, or would be read as
+    another model.
+    """
     path = Path(source)
     try:
         import transformers
@@ -300,59 +404,190 @@ def load_lm(source, dtype: str = "float32", revision="main", **options):
             import gguf  # noqa: F401 - transformers reads such a file with it
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[hf]"') from None
-    file = {"revision": revision}
     try:
         if path.suffix == ".gguf":
-            _check_gguf(path)
+            file = {"gguf_file": path.name}
             source = str(path.parent)
-            file["gguf_file"] = path.name
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+        elif transformers.utils.find_adapter_config_file(str(source), revision=revision):
+            return _load_adapter(str(source), dtype, revision, trust_remote_code, **options)
+        else:
+            file = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = _load_tokenizer(source, **file)
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
+        _refuse_keys(report["missing_keys"], report["unexpected_keys"])
+        if path.suffix == ".gguf":
+            _finish_gguf(path, lm)
     except Exception as error:  # transformers has a class of its own for each kind of damage
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"transformers cannot read {path}: {reason}") from error
-    if report["missing_keys"]:
-        name = sorted(report["missing_keys"])[0]
-        raise ValueError(f"{path} has no weights for {name}, which would be random")
-    if "gguf_file" in file:
-        # Its weights are already dequantised, but Trainer would still treat them as quantised.
-        lm.is_quantized = False
-        lm.hf_quantizer = None
-        for config in (lm.config, lm.generation_config):
-            vars(config).pop("quantization_config", None)
+        raise ValueError(f"transformers cannot read {path}: {one_line(error)}") from error
     return lm, tokenizer
 
 
-def _check_gguf(path: Path):
-    """Raise ValueError for a GGUF file that transformers would read as another model."""
+def _load_adapter(source: str, dtype: str, revision: str, trust_remote_code: bool, **options):
+    """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(source, revision=revision)
+    base = config.base_model_name_or_path
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", trust_remote_code, **options)
+    given = {"is_trainable": True, "revision": revision}
+    lm = peft.PeftModel.from_pretrained(lm, source, **given)
+    report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
+    _refuse_keys(report.missing_keys, report.unexpected_keys)
+    if Path(source, "tokenizer_config.json").exists():
+        tokenizer = _load_tokenizer(source)
+    return lm, tokenizer
+
+
+def _load_tokenizer(source, **file):
+    """The tokenizer of a model. Raises ValueError if there is none."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+    # without files for it, transformers makes one of special tokens only
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if special.issuperset(tokenizer.get_vocab()):
+        raise ValueError("it has no tokenizer")
+    return tokenizer
+
+
+def _refuse_keys(missing, unexpected):
+    """Raise ValueError for weights that the model lacks, or for which it has no place."""
+    if missing:
+        raise ValueError(f"it has no weights for {sorted(missing)[0]}, which would be random")
+    if unexpected:
+        raise ValueError(
+            f"it has weights {sorted(unexpected)[0]}, for which the model has no place"
+        )
+
+
+# Metadata of a GGUF file that transformers reads for every architecture. If one is wrong, a weight
+# has another shape or is missing.
+GGUF_READ = {"context_length", "block_count", "embedding_length", "feed_forward_length"}
+GGUF_READ |= {"vocab_size", "attention.head_count", "attention.head_count_kv", "expert_count"}
+GGUF_READ |= {"expert_used_count", "expert_feed_forward_length"}
+
+
+def _finish_gguf(path: Path, lm):
+    """Make lm, read from a GGUF file, an ordinary model.
+
+    Raises ValueError if the file says more than transformers has read into lm.
+    """
+    _check_gguf(path, lm)
+    lm.name_or_path = str(path)  # under which an adapter finds its base model
+    # Its weights are already dequantised, but Trainer would still treat them as quantised.
+    lm.is_quantized = False
+    lm.hf_quantizer = None
+    for config in (lm.config, lm.generation_config):
+        vars(config).pop("quantization_config", None)
+
+
+def _check_gguf(path: Path, lm):
+    """Raise ValueError if a GGUF file says more than transformers has read into lm."""
     import gguf
 
-    if any(tensor.name == "rope_freqs.weight" for tensor in gguf.GGUFReader(path).tensors):
-        raise ValueError("it has rope_freqs (Llama 3), which transformers ignores")
+    reader = gguf.GGUFReader(path)
+    prefix = reader.fields["general.architecture"].contents() + "."
+    config = lm.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    eps = next(value for name, value in config.to_dict().items() if "eps" in name)
+    known = {
+        "attention.causal": True,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_epsilon": eps,
+        "attention.layer_norm_rms_epsilon": eps,
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1)),
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.scaling.type": rope.get("rope_type", "default").replace("default", "none"),
+        "use_parallel_residual": getattr(config, "use_parallel_residual", None),
+    }
+    for name, field in reader.fields.items():
+        key = name.removeprefix(prefix)
+        if name.startswith(prefix) and key not in GGUF_READ:
+            value = field.contents()
+            exact = value == known.get(key)
+            close = isinstance(value, float) and math.isclose(
+                value, known.get(key, 0), rel_tol=1e-6
+            )
+            if not exact and not close:
+                raise ValueError(f"it says {name} = {value}, which transformers does not read")
+    given = sum(tensor.n_elements for tensor in reader.tensors)
+    places = sum(p.numel() for p in lm.parameters())
+    if given != places:
+        names = [tensor.name for tensor in reader.tensors if not tensor.name.startswith("blk.")]
+        raise ValueError(
+            f"its tensors have {given} weights, the model has {places}; outside of the blocks are "
+            f"{', '.join(names)}"
+        )
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with the BOS that the tokenizer may put first, without a last EOS."""
-    ids = tokenizer(text).input_ids
-    if ids and ids[-1] == tokenizer.eos_token_id:
+# ---- encoding text -------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer, text: str, special=True) -> list[int]:
+    """Token ids of a text, without a last EOS. With `special` the tokenizer may put a BOS first.
+
+    Raises ValueError if they do not decode to this text.
+    """
+    ids = tokenizer(text, add_special_tokens=special).input_ids
+    if special and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
+    decoded = _text_of(tokenizer, ids)
+    if text not in decoded:
+        raise ValueError(f"the tokenizer reads {text!r} as {decoded!r}")
     return ids
+
+
+def apply_template(tokenizer, messages) -> str:
+    """The text of a chat, up to where the response begins.
+
+    Raises ValueError if its last message is not in it, or if the chat template fails.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template fails: {one_line(error)}") from error
+    if messages[-1]["content"] not in text:
+        raise ValueError(f"the chat template makes {text!r} of {messages[-1]['content']!r}")
+    return text
 
 
 def encode_chat(tokenizer, prompt: str, response: str):
     """(ids, prompt_len): token ids of prompt and response, and how many are the prompt's.
 
     The prompt goes through the chat template if there is one. The response is encoded on its own,
-    so that the border is exact, and gets no EOS.
+    so that the border is exact, and gets no EOS. Raises ValueError if the ids do not decode to
+    prompt and response as they are given.
     """
+    special = not tokenizer.chat_template
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        before = tokenizer(text, add_special_tokens=False).input_ids
-    else:
-        before = encode_text(tokenizer, prompt)
-    after = tokenizer(response, add_special_tokens=False).input_ids
-    return before + after, len(before)
+        prompt = apply_template(tokenizer, [{"role": "user", "content": prompt}])
+    before = encode_text(tokenizer, prompt, special)
+    wanted = _text_of(tokenizer, before) + response
+    ids = before + tokenizer(response, add_special_tokens=False).input_ids
+    if _text_of(tokenizer, ids) != wanted:
+        # Some tokenizers put a blank before a text. If they encode both at once, it is not between.
+        ids = encode_text(tokenizer, prompt + response, special)
+    if _text_of(tokenizer, ids) != wanted or ids[: len(before)] != before:
+        raise ValueError(f"the tokenizer reads {wanted!r} as {_text_of(tokenizer, ids)!r}")
+    return ids, len(before)
+
+
+def _text_of(tokenizer, ids) -> str:
+    """The text of token ids, as exactly as the tokenizer tells."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.decoder is None:  # it would join tokens by blanks
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as one line of at most 1000 characters."""
+    said = str(error).strip() or type(error).__name__
+    return textwrap.shorten(said, 1000, placeholder=" ...")

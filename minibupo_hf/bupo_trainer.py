@@ -7,19 +7,45 @@ calls it while the model is cut down to its first `bupo_layer` blocks. Sampling,
 advantages, loss, optimizer, sharding and saving stay TRL's.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import trl
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
-from minibupo_hf.adapter import HFModel, find_parts, truncated, watching
+from minibupo_hf.adapter import (
+    HFModel,
+    check_for_trl,
+    find_parts,
+    prepare_to_save,
+    remove_dropout,
+    truncated,
+    watching,
+)
 
 if not (1, 16) <= tuple(int(part) for part in trl.__version__.split(".")[:2]) < (2, 0):
     raise ImportError(
         f'minibupo_hf needs trl>=1.16,<2, not {trl.__version__}: pip install -e ".[hf]"'
     )
+
+
+TITLE = (
+    "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies"
+)
+CITATION = f"""@article{{tan2025bupo,
+  title   = {{{TITLE}}},
+  author  = {{Tan, Yuqiao and Wang, Minzheng and He, Shizhu and Liao, Huanxuan and
+             Zhao, Chengfeng and Lu, Qiunan and Liang, Tian and Zhao, Jun and Liu, Kang}},
+  journal = {{arXiv preprint arXiv:2512.19673}},
+  year    = {{2025}},
+}}"""
+
+
+AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"]
+AT_LEAST_1 += ["steps_per_generation", "num_generations", "max_completion_length"]
 
 
 class NoLayerError(ValueError):
@@ -41,12 +67,18 @@ class BuPOConfig(GRPOConfig):
     bupo_steps: int = field(
         default=0,
         metadata={
-            "help": "s_inter, how many batches of rollouts phase 1 takes, rounded up to whole "
+            "help": "s_inter, how many batches of rollouts phase 1 takes, which must be whole "
             "optimizer steps; 0 is GRPO"
         },
     )
 
     def __post_init__(self):
+        for name in AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
@@ -57,11 +89,23 @@ class BuPOConfig(GRPOConfig):
                 "off_policy_mask_threshold compares with vLLM's pi_theta, which phase 1 does not "
                 "train: leave it out, or set bupo_steps to 0"
             )
+        if self.ignore_data_skip:
+            raise ValueError("bupo_steps cannot be counted after a resume with ignore_data_skip")
         # In phase 1 the blocks above the layer have no gradient that DDP could wait for. DDP cannot
         # look for them if checkpoints are reentrant.
         self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
+
+
+class AtTheStart(TrainerCallback):
+    """Tells a trainer how many optimizer steps were done when its run starts or resumes."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer._begin_run(state.global_step)
 
 
 class BuPOTrainer(GRPOTrainer):
@@ -71,22 +115,74 @@ class BuPOTrainer(GRPOTrainer):
     ValueError for an invalid layer and, except under DeepSpeed, for a model that HFModel refuses.
     """
 
+    # TRL writes these into the card of the model
+    _name = "BuPO"
+    _tag_names = ["trl", "grpo", "bupo"]
+    _paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layer = self.args.bupo_layer
         self.phase = 2
-        if self.args.bupo_steps == 0:
-            return
+        self._count_minibatches()
         lm = self.accelerator.unwrap_model(self.model)
+        prepare_to_save(lm.generation_config)
+        remove_dropout(lm)
+        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
+        whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled
+        if whole:
+            check_for_trl(lm)
+        if self.args.bupo_steps == 0:
+            self._name = GRPOTrainer._name  # for the model card
+            self._paper = GRPOTrainer._paper
+            return
+        self.add_callback(AtTheStart(self))
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
         if self.is_deepspeed_enabled and self.args.weight_decay:
             # DeepSpeed gives weights without a gradient one of 0
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
-        # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
-        if self.accelerator.is_local_main_process and not self.is_deepspeed_enabled:
+        if whole:
             HFModel(lm)  # raises what it refuses
+
+    def _count_minibatches(self):
+        """Count the mini-batches of phase 1 and of an epoch. A mini-batch is what TRL calls a step:
+        each optimizer step takes gradient_accumulation_steps of them, or what an epoch has left.
+
+        Raises ValueError for too few prompts, and unless phase 1 ends with an optimizer step.
+        """
+        if not hasattr(self.train_dataset, "__len__"):
+            if self.args.bupo_steps:
+                raise ValueError("bupo_steps needs a training set with a length, not a stream")
+            return
+        prompts = len(self.train_dataset)
+        needed = self.args.generation_batch_size // self.num_generations
+        if prompts < needed:
+            raise ValueError(f"a batch of rollouts needs {needed} prompts, there are {prompts}")
+        uses = self.args.steps_per_generation * self.num_iterations  # of a batch of rollouts
+        self.phase_1 = self.args.bupo_steps * uses
+        self.epoch = prompts // needed * uses
+        steps = self.args.gradient_accumulation_steps
+        if self.phase_1 % self.epoch % steps:
+            raise ValueError(
+                f"bupo_steps = {self.args.bupo_steps} are {self.phase_1} mini-batches "
+                "(x steps_per_generation x num_iterations), which are not whole optimizer steps of "
+                f"gradient_accumulation_steps = {steps}"
+            )
+
+    def _begin_run(self, optimizer_steps: int):
+        """Count on from the optimizer steps that a resumed run has done; 0 for a new run.
+
+        TRL itself counts mini-batches from 0 after a resume. So a run that was stopped inside a
+        batch of rollouts would use the next one too long. Now it samples this batch anew, and uses
+        it for the mini-batches that remain.
+        """
+        steps = self.args.gradient_accumulation_steps
+        epochs, rest = divmod(optimizer_steps, math.ceil(self.epoch / steps))
+        self._step = epochs * self.epoch + rest * steps
+        self._buffered_inputs = None
+        self.layer = self.args.bupo_layer
 
     def _generate_and_score_completions(self, inputs):
         # The phase is fixed when the rollouts are generated, and holds for all steps on them. So
@@ -97,13 +193,9 @@ class BuPOTrainer(GRPOTrainer):
 
     def _begin_batch(self):
         """Set the phase of the batch of rollouts that comes next."""
-        # In mini-batches. After a resume global_step goes on, TRL's own count of steps does not.
-        done = self.state.global_step * self.args.gradient_accumulation_steps
-        phase_1 = self.args.bupo_steps * self.args.steps_per_generation * self.num_iterations
-        first_step_of_phase_2 = phase_1 <= done < phase_1 + self.args.gradient_accumulation_steps
-
-        self.phase = 1 if done < phase_1 else 2
-        if first_step_of_phase_2:
+        done = self._step  # mini-batches, of this run and the runs that it resumes
+        self.phase = 1 if done < self.phase_1 else 2
+        if done == self.phase_1:
             # As in minibupo.phases: moments that remember phase 1's larger gradient make the first
             # steps of phase 2 too small.
             self.optimizer.state.clear()
@@ -148,7 +240,8 @@ class BuPOTrainer(GRPOTrainer):
         batch = batch_size or len(input_ids)
         # About 64 positions are unembedded at a time. Every rank takes as many pieces, because
         # ZeRO-3 gathers the unembedding for each.
-        pieces = 1 + batch * self.max_completion_length // 64
+        longest = self.accelerator.gather(torch.tensor([keep], device=input_ids.device)).max()
+        pieces = 1 + batch * (self.max_completion_length or int(longest)) // 64
         changes = []  # a sum over positions for each layer of each batch
 
         def add(trace):  # of one layer, for the rows that run, whose response is mask
@@ -167,4 +260,6 @@ class BuPOTrainer(GRPOTrainer):
         changes = torch.stack(changes).view(-1, len(blocks)).sum(0)
         positions = attention_mask[:, -keep:].sum()
         sums = self.accelerator.reduce(torch.cat([changes, positions[None]]))
+        if sums[-1] == 0:  # mask_truncated_completions leaves out what has not finished
+            raise NoLayerError("no response has finished: set bupo_layer, or let them be longer")
         return sums[:-1] / sums[-1]

@@ -12,9 +12,12 @@ out for evaluation.
 
 import os
 import sys
+import traceback
 from dataclasses import dataclass, field
 
 import torch
+
+from minibupo_hf.adapter import one_line
 
 # What belongs to the extra `hf` is imported in the functions, so that without it `main` can say so.
 
@@ -92,20 +95,22 @@ def right_mathematics(completions, **columns) -> list[float | None]:
 
 def read_data(task: TaskArguments, evaluate: bool):
     """(training set, evaluation set or None, reward). Raises ValueError for an invalid task, or for
-    a data set that cannot be read or lacks a split or column."""
+    a data set that cannot be read, or lacks a split, a column or solutions."""
     if task.dataset_name is None:
+        if task.eval_problems < 1:
+            raise ValueError(f"eval_problems must be at least 1, not {task.eval_problems}")
         train, held_out = arithmetic(task.digits, task.operations)
         held_out = held_out.select(range(min(task.eval_problems, len(held_out))))
         return train, held_out if evaluate else None, right_answer
 
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     try:
         data = load_dataset(task.dataset_name, task.dataset_config)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read data set {task.dataset_name}: {reason}") from error
+    except Exception as error:  # a reader of files has a class of its own for each kind of damage
+        raise ValueError(
+            f"cannot read data set {task.dataset_name}: {one_line(error.__cause__ or error)}"
+        ) from error
     splits = [task.dataset_train_split] + [task.dataset_test_split] * evaluate
     for split in splits:
         if split not in data:
@@ -114,42 +119,88 @@ def read_data(task: TaskArguments, evaluate: bool):
             if column not in data[split].column_names:
                 there = ", ".join(data[split].column_names)
                 raise ValueError(f"{task.dataset_name} has no column {column!r}, only {there}")
+        check_solutions(data[split]["solution"][:100])
     return data[splits[0]], data[splits[1]] if evaluate else None, right_mathematics
+
+
+def check_solutions(solutions):
+    """Raise ValueError unless math-verify reads some of the solutions, else nothing is rewarded."""
+    numbers = [solution for solution in solutions if not isinstance(solution, str)]
+    if numbers:
+        raise ValueError(f"a solution must be text like '$72$', not {numbers[0]!r}")
+    rewards = right_mathematics([r"\boxed{0}"] * len(solutions), solution=solutions)
+    if all(reward is None for reward in rewards):
+        raise ValueError(f"math-verify reads none of the first solutions, like {solutions[:1]}")
+
+
+def check_tokenizer(tokenizer, vocab_size: int):
+    """Raise ValueError unless the tokenizer has an EOS, and the model all tokens of it."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, with which a response could end")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}")
+
+
+def check_prompts(tokenizer, prompts, context: int, new_tokens: int):
+    """Raise ValueError unless each prompt is a text or a chat, and leaves room for new tokens."""
+    for row, prompt in enumerate(prompts):
+        try:
+            length = len(encode_prompt(tokenizer, prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {row} of the data set: {error}") from error
+        if length + new_tokens > context:
+            raise ValueError(
+                f"prompt {row} of the data set has {length} tokens: with max_completion_length = "
+                f"{new_tokens} they outgrow the model's context of {context}"
+            )
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    """Token ids of a prompt of a data set. Raises ValueError if they are not what it says."""
+    from minibupo_hf.adapter import apply_template, encode_text
+
+    if isinstance(prompt, str) and prompt:
+        return encode_text(tokenizer, prompt)
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[-1], dict):
+        raise ValueError(f"it must be a text or a chat, not {prompt!r}")
+    if not tokenizer.chat_template:
+        raise ValueError("a chat needs a tokenizer with a chat template")
+    return encode_text(tokenizer, apply_template(tokenizer, prompt), special=False)
 
 
 def make_trainer(argv):
     """(BuPOTrainer, BuPOConfig): everything up to training.
 
-    Raises ValueError or ImportError with one sentence.
+    Raises ValueError, ImportError or OSError with one sentence.
     """
     try:
-        from trl import ModelConfig, TrlParser, get_peft_config
+        from transformers.integrations import get_available_reporting_integrations
+        from trl import get_peft_config
 
-        from minibupo_hf.adapter import load_lm
-        from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
+        from minibupo_hf.adapter import context_length, load_lm
+        from minibupo_hf.bupo_trainer import BuPOTrainer
     except ImportError as error:
         raise ImportError(f'it needs pip install -e ".[hf]": {error}') from error
 
-    parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
-    if not torch.accelerator.is_available():
-        # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin. Without use_cpu
-        # the processes of torchrun would each train a model of their own.
-        parser.set_defaults(bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False)
-        parser.set_defaults(use_cpu=True)
-    task, config, model = parser.parse_args_and_config(argv)
-    if not model.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
-    if model.load_in_4bit or model.load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit are not for minibupo_hf.train")
-    if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
-        raise ValueError("beta needs a reference model, which TRL cannot read from a .gguf file")
+    task, config, model = parse(argv)
+    for package in config.report_to:
+        if package not in get_available_reporting_integrations():
+            raise ImportError(f"report_to {package}: it is not installed")
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
     lm, tokenizer = load_lm(
         model.model_name_or_path,
         model.dtype or "float32",
         model.model_revision,
+        config.trust_remote_code,
         attn_implementation=model.attn_implementation,
     )
+    check_tokenizer(tokenizer, lm.get_input_embeddings().num_embeddings)
+    sizes = (context_length(lm.get_decoder().config), config.max_completion_length or 0)
+    for data in (train, held_out):
+        if data is not None and task.dataset_name:
+            check_prompts(tokenizer, data["prompt"], *sizes)
+        elif data is not None:  # not every small tokenizer has the line breaks before a question
+            check_prompts(tokenizer, [p.split("\n")[-1] for p in data["prompt"]], *sizes)
     trainer = BuPOTrainer(
         model=lm,
         args=config,
@@ -157,31 +208,88 @@ def make_trainer(argv):
         reward_funcs=reward,
         train_dataset=train,
         eval_dataset=held_out,
-        peft_config=get_peft_config(model),
+        # an adapter that has been trained before is trained further as it is
+        peft_config=None if hasattr(lm, "merge_and_unload") else get_peft_config(model),
     )
     return trainer, config
+
+
+def parse(argv):
+    """(TaskArguments, BuPOConfig, ModelConfig) of a command line.
+
+    Raises ValueError for options that do not go together, or are not for this program.
+    """
+    import yaml
+    from trl import ModelConfig, TrlParser
+
+    from minibupo_hf.bupo_trainer import BuPOConfig
+
+    parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
+    parser.set_defaults(lora_dropout=0.0)
+    if not torch.accelerator.is_available():
+        # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin. Without use_cpu
+        # the processes of torchrun would each train a model of their own.
+        parser.set_defaults(bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False)
+        parser.set_defaults(use_cpu=True)
+    try:
+        task, config, model = parser.parse_args_and_config(argv)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the file of --config is not YAML: {one_line(error)}") from error
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: a hub name, a directory or a .gguf file")
+    for name, value in [
+        ("load_in_4bit", model.load_in_4bit),
+        ("load_in_8bit", model.load_in_8bit),
+        ("model_init_kwargs", config.model_init_kwargs),
+        ("lora_dropout", model.lora_dropout),  # BuPOTrainer removes all dropout
+    ]:
+        if value:
+            raise ValueError(f"{name} is not for minibupo_hf.train")
+    if config.max_steps == 0 or config.num_train_epochs <= 0:
+        raise ValueError("max_steps or num_train_epochs leave no step to train")
+    if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
+        raise ValueError("beta needs a reference model, which TRL cannot read from a .gguf file")
+    return task, config, model
 
 
 def main(argv=None) -> int:
     """Train, evaluate and save; return 2 after a user error."""
     try:
         trainer, config = make_trainer(argv)
-    except (ValueError, ImportError) as error:
-        print(f"minibupo_hf.train: {error}", file=sys.stderr)
-        return 2
-
-    from minibupo_hf.bupo_trainer import NoLayerError
-
+    except (ValueError, ImportError, OSError) as error:
+        return refused(error)
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except NoLayerError as error:
-        print(f"minibupo_hf.train: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, ImportError, OSError) as error:
+        if not is_about_input(error):
+            raise
+        return refused(error)
     trainer.save_model()
     trainer.save_state()  # trainer_state.json, with the reward curve
     if trainer.is_world_process_zero():
         print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
     return 0
+
+
+def refused(error: Exception) -> int:
+    """Print what an error says as one line; return 2."""
+    print(f"minibupo_hf.train: {one_line(error)}", file=sys.stderr)
+    return 2
+
+
+LIBRARIES = {"accelerate", "datasets", "peft", "torch", "transformers", "trl"}
+
+
+def is_about_input(error: Exception) -> bool:
+    """Whether an error in training is about what the user gave, and not a bug.
+
+    Some options are read only in the first step: then a library says what is wrong with them.
+    """
+    from minibupo_hf.bupo_trainer import NoLayerError
+
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # where it was raised
+    library = frame.f_globals.get("__name__", "").split(".")[0]
+    return isinstance(error, NoLayerError | OSError) or library in LIBRARIES
 
 
 if __name__ == "__main__":

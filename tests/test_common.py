@@ -1,4 +1,4 @@
-"""experiments/common.py: files of results that can be continued, intervals, pairs, layers of names."""
+"""experiments/common.py: files of results that can be continued, intervals, pairs, worth, tables."""
 
 import json
 import time
@@ -50,6 +50,73 @@ def test_differences_are_of_pairs_and_means_over_the_unit():
     assert common.differences(lines, "A", "B", minus, "base") == [4.5, 6.0]
     assert common.differences(lines, "A", "B", minus, "seed") == [5.0, 5.0]
     assert common.differences(lines, "A", "D", minus, "base") == []
+
+
+def test_the_limits_of_a_ratio_are_where_a_t_test_begins_to_reject_it():
+    stats = pytest.importorskip("scipy.stats", reason="the extra `bench` is not installed")
+    rng = np.random.default_rng(0)
+    for n in (3, 8, 20):
+        below = rng.normal(-6, 1, n)
+        above = 0.7 * below + rng.normal(0, 1, n)
+        low, high = common.ratio_interval(above, below)
+        assert low < above.mean() / below.mean() < high
+        for ratio in (low, high):
+            assert stats.ttest_1samp(above - ratio * below, 0).pvalue == pytest.approx(0.05)
+    # a denominator that may be 0 bounds nothing
+    assert common.ratio_interval([1.0, 2.0, 3.0], [-1.0, 0.5, 1.0]) == (-np.inf, np.inf)
+    assert common.ratio_interval([1.0], [2.0]) == (-np.inf, np.inf)
+
+
+def test_worth_of_idling_is_0_and_of_the_control_itself_1():
+    pytest.importorskip("scipy", reason="the extra `bench` is not installed")
+    grpo = {base: [0.1 * base, 0.3, 0.5, 0.6, 0.7, 0.8] for base in (1, 2, 3)}
+    assert common.delayed(grpo[2], 2).tolist() == [0.2, 0.2, 0.2, 0.3, 0.5, 0.6]
+    assert common.delayed(grpo[2], 0).tolist() == grpo[2]
+    lines = [dict(arm="GRPO", base=base, seed=0, reward=reward) for base, reward in grpo.items()]
+    lines += [
+        dict(arm=arm, base=base, seed=0, reward=reward)
+        for base in grpo
+        for arm, reward in {
+            "idle": [grpo[base][0]] * 2 + grpo[base][:4],
+            "the same": grpo[base],
+            # loses half of what idling loses, in its phase 1
+            "half": [(x + y) / 2 for x, y in zip([grpo[base][0]] * 2 + grpo[base][:4], grpo[base])],
+        }.items()
+    ]
+    for arm, expected in {"idle": 0, "the same": 1, "half": 0.5}.items():
+        found = common.costs(lines, arm, "GRPO", 2, "base")
+        value, low, high = common.worth(found["arm - control"], found["idle - control"])
+        assert (value, low, high) == pytest.approx((expected,) * 3, abs=1e-6)
+        assert found["arm - idle"] == pytest.approx(
+            np.subtract(found["arm - control"], found["idle - control"])
+        )
+    assert common.costs(lines, "idle", "GRPO", 2, "base")["after the switch"] == pytest.approx(
+        [0] * 3
+    )
+    later = common.costs(lines, "the same", "GRPO", 2, "base")["after the switch"]
+    gains = [0.5 - 0.1 * base + 0.6 - 0.3 + 0.7 - 0.5 + 0.8 - 0.6 for base in (1, 2, 3)]
+    assert later == pytest.approx([100 * gain / 4 for gain in gains])
+    assert common.costs(lines, "idle", "GRPO", 6, "base")["after the switch"] == []
+
+
+def test_the_worth_of_the_committed_results_by_a_plain_loop():
+    """The row of the primary contrast, from the file of results, without common.py's functions."""
+    pytest.importorskip("scipy", reason="the extra `bench` is not installed")
+    from experiments import study
+
+    lines = [json.loads(line) for line in study.RESULTS.read_text().splitlines()]
+    rewards = {(x["arm"], x["base"], x["seed"]): x["reward"] for x in lines}
+    cost, idle = {}, {}
+    for (arm, base, seed), reward in rewards.items():
+        if arm == "BuPO, rule":
+            grpo = rewards["GRPO", base, seed]
+            late = [grpo[max(0, t - 5)] for t in range(len(grpo))]
+            cost.setdefault(base, []).append(sum(reward) - sum(grpo))
+            idle.setdefault(base, []).append(sum(late) - sum(grpo))
+    totals = [sum(sum(x) / len(x) for x in by_base.values()) for by_base in (cost, idle)]
+    table = study.report(lines).split("worth |\n")[1]
+    row = next(row for row in table.splitlines() if row.startswith("| BuPO, rule |"))
+    assert f"| {1 - totals[0] / totals[1]:.2f} (" in row
 
 
 def test_layers_of_names():

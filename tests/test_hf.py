@@ -14,6 +14,7 @@ for package in ("transformers", "trl", "datasets", "peft", "gguf"):
 import gguf
 import transformers
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5ForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
@@ -163,34 +164,79 @@ def test_load_a_directory_and_encode(tmp_path):
     assert encode_chat(tokenizer, "1", "-2") == ([13, 1, 11, 11, 2], 3)  # the border stays
 
 
-def test_gguf(tmp_path, monkeypatch):
+def write_gguf(path, lm, extra_tensors=(), **metadata):
     """A Llama with the names that llama.cpp's converter gives. It also permutes rows, which this
     file leaves as they are."""
-    lm = build("Llama", rms_norm_eps=1e-5)
     values = dict(block_count=3, context_length=64, embedding_length=32, feed_forward_length=40)
     values |= dict(head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, tokenizer_model="gpt2")
     values |= dict(token_list=[*map(chr, range(97, 133)), "ab"], token_merges=["a b"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     tensors = {names.get_name(n, [".weight"]): p for n, p in lm.named_parameters()}
-    for file, more in ("qwen", {}), ("llama3", {"rope_freqs.weight": torch.ones(4)}):
-        w = gguf.GGUFWriter(tmp_path / f"{file}.gguf", "llama")
-        for name, value in values.items():
-            getattr(w, f"add_{name}")(value)
-        for name, tensor in (tensors | more).items():
-            w.add_tensor(name, tensor.detach().numpy())
-        for part in ("header", "kv_data", "tensors"):
-            getattr(w, f"write_{part}_to_file")()
-        w.close()
-    found = load(tmp_path / "qwen.gguf")[0].lm
+    tensors |= {name: torch.ones(32) for name in extra_tensors}
+    w = gguf.GGUFWriter(path, "llama")
+    for name, value in values.items():
+        getattr(w, f"add_{name}")(value)
+    for name, value in metadata.items():
+        add = {str: w.add_string, bool: w.add_bool, int: w.add_uint32, float: w.add_float32}
+        add[type(value)](f"llama.{name.replace('__', '.')}", value)
+    for name, tensor in tensors.items():
+        w.add_tensor(name, tensor.detach().numpy())
+    for part in ("header", "kv_data", "tensors"):
+        getattr(w, f"write_{part}_to_file")()
+    w.close()
+    return path
+
+
+def test_gguf(tmp_path, monkeypatch):
+    lm = build("Llama", rms_norm_eps=1e-5)
+    agreed = dict(attention__key_length=8, rope__freq_base=1e4, rope__scaling__type="none")
+    found = load(write_gguf(tmp_path / "qwen.gguf", lm, **agreed))[0].lm
     ours, theirs = (model.model.layers[1].mlp.up_proj.weight for model in (found, lm))
     assert torch.equal(ours, theirs)
     found.save_pretrained(tmp_path / "saved")  # transformers refuses to save a quantised model
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
-    with pytest.raises(ValueError, match="rope_freqs"):
-        load(tmp_path / "llama3.gguf")
     monkeypatch.setattr(language_models, "CACHE", tmp_path)
     with pytest.raises(ValueError, match="has SHA-256 .*: delete it and fetch it"):
         language_models.fetch("qwen")
+
+
+@pytest.mark.parametrize(
+    "says,tensors,metadata",
+    [
+        ("rope_freqs.weight", ["rope_freqs.weight"], {}),
+        (r"have (\d+) weights, the model has (\d+)", ["blk.0.attn_q.bias"], {}),
+        ("rope.scaling.factor = 4.0", [], dict(rope__scaling__factor=4.0)),
+        ("rope.scaling.type = linear", [], dict(rope__scaling__type="linear")),
+        ("rope.scaling.type = yarn", [], dict(rope__scaling__type="yarn")),
+        ("rope.scale_linear = 2.0", [], dict(rope__scale_linear=2.0)),
+        ("attention.sliding_window = 4", [], dict(attention__sliding_window=4)),
+        ("attention.causal = False", [], dict(attention__causal=False)),
+        ("attention.scale = 0.5", [], dict(attention__scale=0.5)),
+        ("logit_scale = 3.0", [], dict(logit_scale=3.0)),
+        ("key_length = 16", [], dict(attention__key_length=16)),
+    ],
+)
+def test_gguf_with_more_than_transformers_reads(tmp_path, says, tensors, metadata):
+    lm = build("Llama", rms_norm_eps=1e-5)
+    with pytest.raises(ValueError, match=says):
+        load(write_gguf(tmp_path / "a.gguf", lm, tensors, **metadata))
+
+
+def test_weights_without_a_place(tmp_path):
+    """A bias that the config does not have is refused. A second unembedding is used if it differs
+    from the embedding, although the config says that they are tied."""
+    more = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    file = save(tmp_path, build("Llama")) / "model.safetensors"
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="it has weights model.layers.0.*bias, for which"):
+        load(tmp_path)
+    lm = build(**TIED)
+    save(tmp_path, lm)
+    save_file(load_file(file) | {"lm_head.weight": torch.eye(37, 32)}, file, {"format": "pt"})
+    model = load(tmp_path)[0]
+    normed = model.final_norm(model.residual(TOKENS, 3))
+    torch.testing.assert_close(model(TOKENS)[..., :32], normed)
+    assert torch.equal(model.embed.weight, lm.get_input_embeddings().weight)
 
 
 # ---- the trainer ---------------------------------------------------------------------------------
@@ -206,12 +252,16 @@ def even(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / 12 for ids in completion_ids]
 
 
+def prompts(n):
+    """A data set of n prompts."""
+    return Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(n)]})
+
+
 def trained(out, trainer=BuPOTrainer, lm=None, **options):
     """The trainer after training."""
     config = GRPOConfig if trainer is GRPOTrainer else BuPOConfig
     args = config(output_dir=str(out), **(OPTIONS | options))
-    data = Dataset.from_dict({"prompt": [f"{i}+{i % 7}=" for i in range(48)]})
-    given = dict(processing_class=TOKENIZER, train_dataset=data)
+    given = dict(processing_class=TOKENIZER, train_dataset=prompts(48))
     trainer = trainer(lm or build(**TIED), even, args, **given)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer
@@ -328,7 +378,7 @@ def test_no_steps_is_grpo(tmp_path):
 
 def test_corners_of_the_options(tmp_path):
     """The top layer; a correction that is off; several batches of rollouts per optimizer step."""
-    options = dict(bupo_steps=1, bupo_layer=3, max_steps=2, gradient_accumulation_steps=2)
+    options = dict(bupo_steps=2, bupo_layer=3, max_steps=2, gradient_accumulation_steps=2)
     options |= dict(steps_per_generation=1, vllm_importance_sampling_correction=False)
     trainer = trained(tmp_path, **options, off_policy_mask_threshold=0.1)
     assert logged(trainer, "bupo/phase") == [1, 2]

@@ -125,7 +125,7 @@ def test_errors_are_one_sentence(directory, tmp_path, capsys, monkeypatch):
         (dict(model_name_or_path=tmp_path / "cut.gguf", beta=0.1), "beta needs a reference model"),
         (dict(model_name_or_path=tmp_path / "cut"), "transformers cannot read"),
         (dict(attn_implementation="none"), "transformers cannot read"),
-        (dict(load_in_4bit=True), "load_in_4bit and load_in_8bit are not for"),
+        (dict(load_in_4bit=True), "load_in_4bit is not for"),
         (dict(model_name_or_path=tmp_path / "part"), "no weights for model.layers.1.mlp.up_proj"),
         (dict(model_name_or_path=tmp_path / "parallel"), "GPTNeoXForCausalLM cannot be opened"),
         (dict(model_name_or_path=tmp_path / "narrow", bupo_layer=None), "choose one with bupo_l"),

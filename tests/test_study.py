@@ -58,7 +58,7 @@ def test_the_finite_set_stays_the_same():
 @pytest.fixture(scope="module")
 def tiny_base(tmp_path_factory):
     """A base model of four layers with random weights, and the sizes of a short run from it."""
-    sizes = toy.SMOKE | dict(questions=8, steps=6, eval_problems=2, threads=1)
+    sizes = toy.SMOKE | dict(questions=8, steps=6, eval_problems=16, threads=1)
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("study") / "base.pt"
     toy.save_checkpoint(path, GPT(toy.Settings(**sizes).model_config()))
@@ -111,6 +111,21 @@ def test_the_frozen_arm_trains_pi_theta_and_bupo_the_layer(tiny_base):
         return float(torch.cosine_similarity(change[a], change[b], dim=0))
 
     assert cosine("frozen", "grpo") > cosine("frozen", "bupo") + 0.1
+
+
+def test_the_idle_arm_skips_the_first_updates_and_nothing_else(tiny_base):
+    weights, job = weights_by_step(tiny_base, study.Arm(s_inter=3, layer=2, loop=study.idle))
+    for before, after in zip(weights[:3], weights[1:4]):
+        assert moved(before, after) == set()
+    # what follows is GRPO on the problems, and on the rewards, of steps 4 to 6
+    path, sizes = tiny_base
+    torch.manual_seed(0)
+    model = toy.load_model(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.s.lr, fused=True)
+    for step in (4, 5, 6):
+        update(model, optimizer, job.sample(step, model), FULL)
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, weights[step][name])
 
 
 @pytest.mark.parametrize("loop", [study.bupo, study.only_reset, study.moments_kept])
