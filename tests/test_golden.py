@@ -1,6 +1,6 @@
-"""tests/golden.npz against a rewrite in NumPy, written from docs/golden.md, and against our code.
+"""tests/golden.npz, compared with a rewrite in NumPy from docs/golden.md, and with our code.
 
-GPT's own rope table is float32, so our code without a change is compared as float32 code is.
+GPT's own RoPE table is float32, so our unchanged code is compared as float32 code is.
 """
 
 import make_golden
@@ -12,11 +12,12 @@ import minibupo
 
 GOLDEN = dict(np.load(make_golden.PATH))
 WEIGHTS = {k.removeprefix("weight."): v for k, v in GOLDEN.items() if k.startswith("weight.")}
-MASK, N, L, D = GOLDEN["mask"], 12, 3, 6
+MASK = GOLDEN["mask"]
+N, L, D = 12, 3, 6
 TARGET = int(GOLDEN["target_layer"])
 
 
-# ---- BuPO in NumPy, from the page alone --------------------------------------------------------
+# ---- BuPO in NumPy, only from the page ---------------------------------------------------------
 
 
 def rms_norm(x, weight):
@@ -33,17 +34,19 @@ def rotate(x):
     i, t = np.arange(D // 2), np.arange(x.shape[1])
     angle = (t[:, None] * GOLDEN["rope_theta"] ** (-2 * i / D))[:, None]  # (T, 1, D/2)
     a, b = x[..., : D // 2], x[..., D // 2 :]
-    turned = (a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle))
-    return np.concatenate(turned, -1)
+    first = a * np.cos(angle) - b * np.sin(angle)
+    second = a * np.sin(angle) + b * np.cos(angle)
+    return np.concatenate((first, second), -1)
 
 
 def attention(x, w):
-    """x (N, T, d), w the weights of a block by name."""
+    """Return the attention of x (N, T, d); w are the weights of a block by name."""
     rows, T, _ = x.shape
     heads = (x @ w["attn.qkv.weight"].T).reshape(rows, T, 8, D)
     q = rotate(rms_norm(heads[:, :, :4], w["attn.q_norm.weight"]))
     k = rotate(rms_norm(heads[:, :, 4:6], w["attn.k_norm.weight"]))
-    v, mixed = heads[:, :, 6:], []
+    v = heads[:, :, 6:]
+    mixed = []
     for h in range(4):
         scores = q[:, :, h] @ k[:, :, h // 2].transpose(0, 2, 1) / np.sqrt(D)
         scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
@@ -57,7 +60,7 @@ def swiglu(x, w):
 
 
 def forward(weights, tokens):
-    """All that layers read and write: (L, N, T, d); "layer" (L+1, N, T, d)."""
+    """Return what all layers read and write, (L, N, T, d); "layer" is (L+1, N, T, d)."""
     h = weights["embed.weight"][tokens]
     found = {"layer": [h], "attn_in": [], "attn": [], "mlp_in": [], "mlp": []}
     for l in range(L):
@@ -74,7 +77,7 @@ def forward(weights, tokens):
 
 
 def logprob(h, weights):
-    """Of the tokens that follow, from h (N, T, d); 0 outside the mask."""
+    """Return log-probabilities of the tokens that follow, from h (N, T, d); 0 outside the mask."""
     z = h[:, :-1] @ weights["embed.weight"].T / GOLDEN["temperature"]
     z = z - z.max(-1, keepdims=True)
     log_pi = z - np.log(np.exp(z).sum(-1, keepdims=True))
@@ -83,13 +86,14 @@ def logprob(h, weights):
 
 
 def entropy(h, weights):
-    """At the response positions: h (.., N, T, d) -> (.., M)."""
+    """Return entropies at the response positions: h (.., N, T, d) -> (.., M)."""
     pi = softmax(h[..., :-1, :][..., MASK, :] @ weights["embed.weight"].T)
     return -(pi * np.log(pi)).sum(-1)
 
 
 def advantages(kind):
-    R, G = GOLDEN["rewards"], 4
+    R = GOLDEN["rewards"]
+    G = 4
     if kind == "rloo":
         return R - (R.sum(1, keepdims=True) - R) / (G - 1)
     over = (0, 1) if kind == "reinforce++" else 1
@@ -97,14 +101,64 @@ def advantages(kind):
 
 
 def losses(weights, phase):
-    """Averaged over tokens and over sequences, and the tokens cut off."""
-    stream = forward(weights, GOLDEN["tokens"])
-    h = stream["layer"][TARGET] if phase == 1 else stream["layer_normed"][L]
-    ratio = np.exp(logprob(h, weights) - GOLDEN[f"old_logprob.phase{phase}"])
+    """Return the loss averaged over tokens and over sequences, and the number of clipped tokens."""
+    ratio = np.exp(phase_logprob(weights, phase) - GOLDEN[f"old_logprob.phase{phase}"])
     A = advantages("grpo").reshape(-1, 1)
     J = np.minimum(ratio * A, np.clip(ratio, 0.8, 1.2) * A) * MASK
-    cut_off = (((A > 0) & (ratio > 1.2)) | ((A < 0) & (ratio < 0.8))) & MASK
-    return -J.sum() / MASK.sum(), -(J.sum(1) / MASK.sum(1)).mean(), cut_off.sum()
+    clipped = (((A > 0) & (ratio > 1.2)) | ((A < 0) & (ratio < 0.8))) & MASK
+    return -J.sum() / MASK.sum(), -(J.sum(1) / MASK.sum(1)).mean(), clipped.sum()
+
+
+def phase_logprob(weights, phase):
+    """Return the log-probabilities of the policy that a phase trains."""
+    stream = forward(weights, GOLDEN["tokens"])
+    return logprob(stream["layer"][TARGET] if phase == 1 else stream["layer_normed"][L], weights)
+
+
+def rule(dH_mlp):
+    """Return the target layer, or 0 if the rule picks none."""
+    raising = [l for l in range(1, len(dH_mlp)) if dH_mlp[l - 1] > 0]
+    return raising[-1] if raising else 0
+
+
+def step_of_bupo(weights, phase):
+    """Return the weights after a step, the mean gradient norm, the share of clipped tokens.
+
+    Moments start at 0. The gradient is autograd's, of the loss that is checked below."""
+    b1, b2 = GOLDEN["adamw.betas"]
+    lr, eps, decay = (GOLDEN[f"adamw.{name}"] for name in ("lr", "eps", "weight_decay"))
+    old = phase_logprob(weights, phase)
+    m = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    v = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    norms = []
+    clipped = 0
+    for k, rows in enumerate((range(8), range(8, 12)), 1):  # questions 1 and 2, then 3
+        gradient, n = gradient_of(weights, phase, old, rows)
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        norms.append(norm)
+        clipped += n
+        weights = dict(weights)
+        for name, g in gradient.items():
+            g = g * min(1.0, GOLDEN["max_grad_norm"] / norm)
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g**2
+            change = (m[name] / (1 - b1**k)) / (np.sqrt(v[name] / (1 - b2**k)) + eps)
+            weights[name] = weights[name] * (1 - lr * decay) - lr * change
+    return weights, np.mean(norms), clipped / MASK.sum()
+
+
+def gradient_of(weights, phase, old, rows):
+    """Return {name: gradient} of the loss of these rows, and the number of clipped tokens."""
+    rows = list(rows)
+    model = make_golden.model_of({f"weight.{name}": weight for name, weight in weights.items()})
+    tokens, mask, old, A = (
+        torch.tensor(x[rows]) for x in (GOLDEN["tokens"], MASK, old, advantages("grpo").ravel())
+    )
+    policy = minibupo.Policy(TARGET) if phase == 1 else minibupo.FULL
+    loss, clipped = minibupo.policy_loss(model, tokens, old, A, mask, policy, temperature=0.8)
+    loss.backward()
+    named = model.named_parameters()
+    return {name: p.grad.numpy() for name, p in named if p.grad is not None}, int(clipped)
 
 
 def close(name, value, atol=1e-9):
@@ -115,7 +169,8 @@ def test_the_page_gives_the_stream_and_the_mask():
     found = forward(WEIGHTS, GOLDEN["tokens"][:1])
     for ours, theirs in (("attn", "attn_out"), ("mlp", "mlp_out"), ("layer", "layer")):
         close(f"row0.{theirs}", found[ours][:, 0])
-    close("row0.attn_in", found["attn_in"][:, 0]), close("row0.mlp_in", found["mlp_in"][:, 0])
+    close("row0.attn_in", found["attn_in"][:, 0])
+    close("row0.mlp_in", found["mlp_in"][:, 0])
     close("row0.logits", found["layer_normed"][L, 0] @ WEIGHTS["embed.weight"].T)
     for i in range(N):
         for t in range(MASK.shape[1]):
@@ -125,14 +180,30 @@ def test_the_page_gives_the_stream_and_the_mask():
 
 def test_the_page_gives_entropies_and_target_layer():
     found = forward(WEIGHTS, GOLDEN["tokens"])
-    H = {name: entropy(h, WEIGHTS) for name, h in found.items()}
-    for name, value in H.items():
+    S = {name: entropy(h, WEIGHTS) for name, h in found.items()}
+    for name, value in S.items():
         close(f"entropy.{name}", value)
-    close("dH.attn", (H["attn"] - H["attn_in"]).mean(1))
-    close("dH.mlp", (H["mlp"] - H["mlp_in"]).mean(1))
-    close("dH.layer", (H["layer"][1:] - H["layer"][:-1]).mean(1))
-    raising = [l for l in range(1, L) if GOLDEN["dH.mlp"][l - 1] > 0]
-    assert raising[-1] == TARGET and np.abs(GOLDEN["dH.mlp"]).min() > 0.05
+    close("dH_attn", (S["attn"] - S["attn_in"]).mean(1))
+    close("dH_mlp", (S["mlp"] - S["mlp_in"]).mean(1))
+    close("dH_layer", (S["layer"][1:] - S["layer"][:-1]).mean(1))
+    assert rule(GOLDEN["dH_mlp"]) == TARGET and np.abs(GOLDEN["dH_mlp"]).min() > 0.05
+
+
+def test_the_cases_of_the_rule_tell_it_from_other_rules():
+    cases = GOLDEN["target_layer.cases"]
+    layers = GOLDEN["target_layer.of_cases"].tolist()
+    assert [rule(dH) for dH in cases] == layers
+    assert {1, 2, 3, 4, 0} == set(layers)
+    others = {
+        "the largest": cases[:, :-1].argmax(1) + 1,
+        "below the top": np.full(len(cases), 4),
+        "the top counts": np.array([rule([*dH, 0]) for dH in cases]),
+        "0 raises": np.array([rule(dH + 1e-9) for dH in cases]),
+        "the first": np.array([(dH > 0).argmax() + 1 for dH in cases]),
+        "before the first dip": np.array([(dH <= 0).argmax() for dH in cases]),
+    }
+    for name, other in others.items():
+        assert (other != layers).any(), name
 
 
 def test_the_page_gives_log_probabilities_and_advantages():
@@ -147,10 +218,11 @@ def test_the_page_gives_log_probabilities_and_advantages():
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_the_page_gives_losses_and_gradients(phase):
-    """Gradients by central differences, at the largest entry and at two others of each weight."""
-    token, sequence, cut_off = losses(WEIGHTS, phase)
-    close(f"loss_token.phase{phase}", token), close(f"loss_sequence.phase{phase}", sequence)
-    assert cut_off == GOLDEN[f"cut_off.phase{phase}"] > 3
+    """Gradients are central differences, at the largest entry and two others of each weight."""
+    token, sequence, clipped = losses(WEIGHTS, phase)
+    close(f"loss_token.phase{phase}", token)
+    close(f"loss_sequence.phase{phase}", sequence)
+    assert clipped == GOLDEN[f"clipped.phase{phase}"] > 3
     without = set(GOLDEN[f"no_grad.phase{phase}"].tolist())
     above = {name for name in WEIGHTS if name.startswith(("final_norm", f"blocks.{TARGET}."))}
     assert without == (above if phase == 1 else set())
@@ -167,24 +239,42 @@ def test_the_page_gives_losses_and_gradients(phase):
             assert difference == pytest.approx(gradient[index], abs=1e-6), name
 
 
+def test_the_page_gives_the_weights_after_two_steps():
+    weights = WEIGHTS
+    for step in (1, 2):
+        before = weights
+        weights, norm, clip_fraction = step_of_bupo(before, phase=step)
+        close(f"step{step}.grad_norm", norm, 1e-6)
+        assert clip_fraction == pytest.approx(GOLDEN[f"step{step}.clip_fraction"]) != 0
+        for name, weight in weights.items():
+            close(f"step{step}.weight.{name}", weight, 1e-6)
+            still = (weight == before[name]).all()
+            assert still == (name in GOLDEN["no_grad.phase1"] and step == 1), name
+            # the step is large enough for the comparison to mean something
+            assert still or np.abs(weight - before[name]).max() > 1e-3
+
+
 # ---- our code ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype,atol", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_our_code_gives_the_file(dtype, atol):
-    """So the file cannot go stale: what it should hold is computed again."""
+    """The file stays up to date, because its content is computed again."""
     found = make_golden.expected(GOLDEN, dtype)
     given = {name for name in make_golden.inputs(0)}
     assert given | found.keys() == GOLDEN.keys()
     for name, value in found.items():
         if value.dtype.kind == "U":
             assert value.tolist() == GOLDEN[name].tolist()
+        elif name.endswith(".grad_norm"):  # a single number, not small
+            assert value == pytest.approx(GOLDEN[name], rel=max(atol, 1e-6))
         else:
-            close(name, value, max(atol, 1e-6) if name.startswith("grad") else atol)
+            in_float32 = name.startswith(("grad", "step"))
+            close(name, value, max(atol, 1e-6) if in_float32 else atol)
 
 
 def test_our_model_as_it_is_gives_the_log_probabilities():
-    """Without the exact rope table that golden values are made with."""
+    """The model has its own RoPE table here, not the exact one of the file."""
     model = make_golden.GPT(make_golden.GPTConfig(**make_golden.SIZES))
     state = {name: torch.tensor(weight) for name, weight in WEIGHTS.items()}
     model.load_state_dict(state | {"lm_head.weight": state["embed.weight"]})
@@ -195,4 +285,4 @@ def test_our_model_as_it_is_gives_the_log_probabilities():
 
 
 def test_the_file_is_small():
-    assert make_golden.PATH.stat().st_size <= 150 * 1024
+    assert make_golden.PATH.stat().st_size <= 200 * 1024

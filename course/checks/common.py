@@ -1,8 +1,8 @@
-"""What all checks share: run a learner's function safely, and find out what was confused with what.
+"""What all checks share: run a learner's function safely, and find out what it confuses with what.
 
-A check of an exercise is a list of cases, an independent computation of the right outcome, and a
-list of confusions: typical wrong answers as code, each with the sentence that a learner is told.
-An answer that differs from the right one is compared with each of them.
+The check of an exercise has a list of cases, an independent computation of the correct outcome, and
+a list of confusions. A confusion is a typical incorrect answer as code, with the sentence that a
+learner is told. An answer that differs from the correct one is compared with each confusion.
 """
 
 import _thread
@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import inspect
 import linecache
+import numbers
 import signal
 import threading
 import traceback
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import minibupo
@@ -26,7 +28,7 @@ import train_toy
 
 
 class Wrong(Exception):
-    """What is wrong with an answer, in the learner's terms. `name` tells kinds of it apart."""
+    """What is wrong with an answer, in the learner's terms. `name` identifies the kind of fault."""
 
     def __init__(self, name: str, says: str):
         super().__init__(says)
@@ -34,14 +36,14 @@ class Wrong(Exception):
 
 
 class Case(NamedTuple):
-    """One input: what the learner is told of it, and the arguments."""
+    """One input: its description for the learner, and the arguments."""
 
     words: str
     args: tuple
 
 
 class Confusion(NamedTuple):
-    """A typical wrong answer: `outcome` computes what it gives for the arguments of a case."""
+    """A typical incorrect answer: `outcome` computes what it gives for the arguments of a case."""
 
     name: str
     outcome: Callable
@@ -49,7 +51,7 @@ class Confusion(NamedTuple):
 
 
 def call(function, *args):
-    """function(*args). Raises Wrong for a function that does not take so many arguments."""
+    """Return function(*args). Raise Wrong if the function does not take these arguments."""
     try:
         inspect.signature(function).bind(*args)
     except TypeError as e:
@@ -66,41 +68,47 @@ def check_function(
     observe=call,
     *,
     seconds=20,
+    what="",
     compare=None,
     **tolerance,
 ):
-    """Compare function `name` of an answer with right(*args) on all cases, or raise Wrong.
+    """Raise Wrong if function `name` of an answer differs from right(*args) on one of the cases.
 
-    An outcome is a tensor, a number, or the class of an error that is expected. observe(function,
-    *args) turns a call into an outcome where the result itself is not the point; compare(outcome,
-    wanted) words a difference that numbers do not show. `tolerance`: rtol, atol."""
+    An outcome is a tensor, a number, or the class of an expected error. observe(function, *args)
+    turns a call into an outcome if the result itself is not what is compared; then `what` says in
+    words what is ("the gradient of "). compare(outcome, wanted) describes a difference that numbers
+    do not show. `tolerance`: rtol and atol.
+    """
     function = answer.function(name)
     expected = [right(*case.args) for case in cases]
     outcomes = []
     for case, wanted in zip(cases, expected):
         try:
             outcomes.append(one_outcome(answer, function, observe, case, wanted, seconds))
-        except Wrong:
+        except Wrong as wrong:
             if all(same(*both, **tolerance) for both in zip(outcomes, expected)):
+                if outcomes and wrong.name == "not written":
+                    says = f"{name} returns None for {case.words}"
+                    raise Wrong("returns None", says) from None
                 raise
-            outcomes.append(None)  # an earlier case fails, so that one is talked about
+            outcomes.append(None)  # an earlier case fails, and the learner is told about that one
     failing = [i for i in range(len(cases)) if not same(outcomes[i], expected[i], **tolerance)]
     if not failing:
         return
     found = diagnose(cases, outcomes, failing, confusions, **tolerance)
     case, outcome, wanted = (x[failing[0]] for x in (cases, outcomes, expected))
-    differ = (
-        compare(outcome, wanted) if compare else f"gives  {show(outcome)}\n  not    {show(wanted)}"
-    )
-    shown = f"{name} for {case.words}\n  {differ}"
+    differ = compare(outcome, wanted) if compare else difference(outcome, wanted, **tolerance)
+    shown = f"{what}{name} for {case.words}\n  {differ}"
     if found:
         raise Wrong(found.name, f"{shown}\n{found.says}")
-    check_form(f"{name} for {case.words}", outcome, wanted)
+    check_form(f"{what}{name} for {case.words}", outcome, wanted)
     raise Wrong("value", shown)
 
 
 def one_outcome(answer, function, observe, case, wanted, seconds):
-    """What the learner's function does with one case; inputs are copied, and must not change."""
+    """Return the outcome of the learner's function for one case.
+
+    Raise Wrong if it returns None or changes a tensor that it is given."""
     args = copy.deepcopy(case.args)
     expects_error = isinstance(wanted, type)
     outcome = answer.guarded(case.words, seconds, observe, function, *args, error=expects_error)
@@ -109,15 +117,20 @@ def one_outcome(answer, function, observe, case, wanted, seconds):
     for before, after in zip(case.args, args):
         if isinstance(before, torch.Tensor) and not same(before, after):
             raise Wrong("changes input", "your function changes the tensor that it is given")
-    return outcome.detach() if isinstance(outcome, torch.Tensor) else outcome
+    return outcome.detach() if isinstance(outcome, torch.Tensor) else plain_number(outcome)
+
+
+def plain_number(x):
+    """Return a number of NumPy as Python's own number, and everything else as it is."""
+    return x.item() if isinstance(x, (np.generic, np.ndarray)) and x.ndim == 0 else x
 
 
 def diagnose(cases, outcomes, failing, confusions, **tolerance) -> Confusion | None:
-    """The confusion that gives what the answer gives, if there is one.
+    """Return the confusion that gives what the answer gives, or None.
 
-    On all cases that pass and on the first that fails it has to. Of the others that fail half may
-    be different, for an answer may have a second mistake. Of several it is the one that agrees with
-    the answer on most cases."""
+    They have to agree on all cases that pass and on the first case that fails. On up to half of the
+    failing cases they may differ, because an answer may have a second mistake. If several
+    confusions fit, the one that agrees on most cases is returned."""
 
     def agreement(confusion):
         wrong = [confusion.outcome(*case.args) for case in cases]
@@ -132,7 +145,11 @@ def diagnose(cases, outcomes, failing, confusions, **tolerance) -> Confusion | N
 
 
 def same(a, b, rtol=1e-4, atol=1e-5) -> bool:
-    """Whether two outcomes agree, form and value; NaN agrees with NaN."""
+    """Whether outcome a agrees with outcome b in form and value; NaN agrees with NaN.
+
+    An error agrees with the class that b names, or with a subclass of it."""
+    if isinstance(a, type) and isinstance(b, type):
+        return issubclass(a, b)
     if isinstance(a, type) or isinstance(b, type) or a is None or b is None:
         return a is b
     if isinstance(b, torch.Tensor) and not isinstance(a, torch.Tensor):
@@ -144,68 +161,87 @@ def same(a, b, rtol=1e-4, atol=1e-5) -> bool:
 
 
 def kind(x) -> str:
-    """What an outcome consists of: bools, integers, floats, or the name of its type."""
+    """Return what an outcome consists of: bools, integers, floats, or the name of its type."""
     if isinstance(x, torch.Tensor):
         whole = "bools" if x.dtype == torch.bool else "integers"
         return "floats" if x.is_floating_point() else whole
-    names = {bool: "bools", int: "integers", float: "floats"}
-    return names.get(type(x), type(x).__name__)
+    if isinstance(x, bool):
+        return "bools"
+    if isinstance(x, numbers.Integral):
+        return "integers"
+    return "floats" if isinstance(x, numbers.Real) else type(x).__name__
 
 
 def check_form(name, outcome, wanted):
-    """Raise Wrong for another type, shape or dtype than the right outcome has."""
+    """Raise Wrong if an outcome has another type, shape or dtype than the correct one."""
     if isinstance(wanted, type):
-        does = (
-            f"raises {outcome.__name__}" if isinstance(outcome, type) else f"gives {show(outcome)}"
-        )
-        raise Wrong("no error", f"{name} {does} where it should raise {wanted.__name__}")
+        does = f"gives {show(outcome)}"
+        if isinstance(outcome, type):
+            does = f"raises {outcome.__name__}"
+        raise Wrong("no error", f"{name} {does}, but it should raise {wanted.__name__}")
     is_tensor = isinstance(outcome, torch.Tensor)
     if isinstance(wanted, torch.Tensor):
         if not is_tensor:
             shape = f"a tensor of shape {tuple(wanted.shape)}"
-            raise Wrong("type", f"{name} returns {type(outcome).__name__} where {shape} is wanted")
+            raise Wrong("type", f"{name} returns {type(outcome).__name__}, but {shape} is wanted")
         if outcome.shape != wanted.shape:
-            shapes = f"shape {tuple(outcome.shape)}, where {tuple(wanted.shape)} is wanted"
+            shapes = f"shape {tuple(outcome.shape)}, but {tuple(wanted.shape)} is wanted"
             raise Wrong("shape", f"{name} returns {shapes}")
-    elif not is_tensor and not isinstance(outcome, (bool, int, float)):
-        raise Wrong("type", f"{name} returns {type(outcome).__name__} where a number is wanted")
+    elif not is_tensor and not isinstance(outcome, numbers.Real):
+        raise Wrong("type", f"{name} returns {type(outcome).__name__}, but a number is wanted")
     if kind(outcome) != kind(wanted):
         what = f"dtype {outcome.dtype}" if is_tensor else f"{type(outcome).__name__}"
-        raise Wrong("dtype", f"{name} returns {what}, where {kind(wanted)} are wanted")
+        raise Wrong("dtype", f"{name} returns {what}, but {kind(wanted)} are wanted")
+
+
+def difference(outcome, wanted, rtol=1e-4, atol=1e-5) -> str:
+    """Return in words how an outcome differs; of large tensors, only the entries that differ."""
+    tensors = isinstance(outcome, torch.Tensor) and isinstance(wanted, torch.Tensor)
+    if not tensors or outcome.shape != wanted.shape or wanted.numel() <= 24:
+        return f"gives  {show(outcome)}\n  not    {show(wanted)}"
+    close = torch.isclose(outcome.double(), wanted.double(), rtol, atol, equal_nan=True)
+    places = (~close).nonzero().tolist()
+    lines = [f"differs in {len(places)} of {wanted.numel()} entries, among them"]
+    for place in places[:5]:
+        mine = outcome[tuple(place)].item()
+        correct = wanted[tuple(place)].item()
+        lines.append(f"  at {place}: {show(mine)}, not {show(correct)}")
+    return "\n  ".join(lines)
 
 
 def show(x) -> str:
-    """An outcome for a learner to read: few digits, not too long."""
+    """Return an outcome as text for a learner: few digits, not too long."""
     if isinstance(x, type):
         return f"an error, {x.__name__}"
     if isinstance(x, torch.Tensor):
         if x.dtype == torch.bool and x.dim() == 1:
             return " ".join("yes" if value else "no" for value in x.tolist())
         if x.numel() > 24:
-            first = ", ".join(f"{value:.4g}" for value in x.flatten()[:6].tolist())
+            first = ", ".join(f"{value:.5g}" for value in x.flatten()[:6].tolist())
             return f"{first}, ... (shape {tuple(x.shape)})"
         return str(rounded(x.tolist()))
     return f"{x:.5g}" if isinstance(x, float) else repr(x)[:200]
 
 
 def rounded(x):
-    """Nested lists of numbers, to four digits."""
+    """Return nested lists of numbers, rounded to five digits."""
     if isinstance(x, list):
         return [rounded(part) for part in x]
-    return float(f"{x:.4g}") if isinstance(x, float) else x
+    return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
 # ---- a learner's file --------------------------------------------------------------------------
 
 
 class Answer:
-    """The file with a learner's answer. Raises Wrong if it cannot be run.
+    """The file with a learner's answer. Raises Wrong if the file cannot be run.
 
-    `refused`: (owner, name) of the library's own functions that this exercise is about. They raise
-    Wrong while the answer runs."""
+    `refused`: pairs (owner, name) of the library's own functions that this exercise is about. They
+    raise Wrong while the answer runs."""
 
     def __init__(self, path: Path, refused=()):
-        self.path, self.refused = Path(path).resolve(), refused
+        self.path = Path(path).resolve()
+        self.refused = refused
         if not self.path.exists():
             raise Wrong("no file", f"there is no {self.path}")
         spec = importlib.util.spec_from_file_location(f"answer_{self.path.stem}", self.path)
@@ -214,7 +250,7 @@ class Answer:
         self.guarded("being loaded", 60, spec.loader.exec_module, self.module)
 
     def function(self, name: str):
-        """A function of the file. Raises Wrong if there is none, or one that is not Python's."""
+        """Return a function of the file. Raise Wrong if it has none that Python can inspect."""
         function = getattr(self.module, name, None)
         try:
             inspect.signature(function)
@@ -223,15 +259,17 @@ class Answer:
         return function
 
     def guarded(self, doing: str, seconds: float, do, *args, error=False) -> Any:
-        """do(*args), which runs the learner's code. What goes wrong in it becomes Wrong, with the
-        learner's line. With error=True an exception of theirs is the outcome: its class."""
+        """Return do(*args), which runs the learner's code, with a time limit.
+
+        An exception in the learner's code becomes a Wrong that quotes the learner's line; with
+        error=True the class of the exception is returned instead."""
         try:
             with refusing(self.refused), time_limit(seconds):
                 outcome = do(*args)
         except Wrong:
             raise
         except SyntaxError as e:
-            raise Wrong("syntax", f"line {e.lineno} is no Python: {e.msg}") from None
+            raise Wrong("syntax", f"line {e.lineno} is not valid Python: {e.msg}") from None
         except NotImplementedError:
             raise Wrong("not written", "not written yet") from None
         except TooLong as e:
@@ -240,7 +278,7 @@ class Answer:
         except (Exception, SystemExit) as e:
             at = self.line_of(e)
             if not at:
-                raise  # it is not the learner's
+                raise  # a bug of the check, not of the learner
             if error:
                 return type(e)
             says = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
@@ -248,7 +286,7 @@ class Answer:
         return outcome
 
     def line_of(self, error) -> str:
-        """The last line of the learner's that a traceback goes through."""
+        """Return the last of the learner's lines in a traceback, or "" if it has none."""
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame for frame in frames if Path(frame.filename) == self.path]
         return f"\n  line {lines[-1].lineno}: {lines[-1].line}" if lines else ""
@@ -262,8 +300,8 @@ class TooLong(Exception):
 def time_limit(seconds: float):
     """Raise TooLong in the main thread after so many seconds, at the line that runs then.
 
-    A thread asks for the interrupt that Ctrl-C would cause: that works on every system. But what
-    a shell starts in the background ignores it, so Python's own handler is set for the time."""
+    A thread asks for the interrupt that Ctrl-C would cause, because that works on every system. A
+    shell's background jobs ignore that interrupt, so Python's own handler is set meanwhile."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     expired = threading.Event()
 
@@ -287,7 +325,7 @@ def time_limit(seconds: float):
 
 @contextmanager
 def refusing(functions):
-    """While this runs, the library's own functions (owner, name) raise Wrong."""
+    """Make the library's own functions, pairs (owner, name), raise Wrong while this runs."""
     saved = []
     for owner, name in functions:
         original = getattr(owner, name)

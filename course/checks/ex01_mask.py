@@ -1,23 +1,24 @@
 """Exercise 1: the mask of one row."""
 
+import numpy as np
 import torch
-from checks.common import Case, Confusion, check_function
+from checks.common import Case, Confusion, call, check_function
 
 import minibupo
 
 TITLE, MINUTES = "which positions predict the response?", 10
 REFUSED = [(minibupo, "response_mask")]
 HINTS = (
-    "The row has 8 tokens and the mask 7 columns. Write under each column the token that it is "
-    "about.",
-    "The first token of the response is token prompt_len. Which column is about it?",
+    "The row has 8 tokens and the mask 7 columns. Under each column write the token that it "
+    "predicts.",
+    "The first token of the response is token prompt_len. Which column predicts it?",
     "torch.arange(T - 1) gives the columns t. Column t is True if prompt_len <= t + 1 < end.",
 )
 
 ROWS = {
     "the row of the task": (4, 6, 8),
-    "a response that was cut off, without <eos>": (4, 8, 8),
-    "a response of <eos> alone": (3, 4, 8),
+    "a response without <eos>, stopped by the limit": (4, 8, 8),
+    "a response that is only <eos>": (3, 4, 8),
     "a prompt of one token": (1, 5, 7),
     "a long prompt": (7, 9, 12),
 }
@@ -27,8 +28,19 @@ def right(prompt_len, end, T):
     return torch.tensor([prompt_len <= t + 1 < end for t in range(T - 1)])
 
 
+def as_tensor(function, *args):
+    """Return the learner's mask as a tensor if it is a list, a tuple or an array."""
+    mask = call(function, *args)
+    if not isinstance(mask, (list, tuple, np.ndarray)):
+        return mask
+    try:
+        return torch.as_tensor(np.array(mask))
+    except (TypeError, ValueError):  # a list of something else
+        return mask
+
+
 def span(first, stop, width):
-    """A mask that is True from column `first` up to before `stop`."""
+    """Return a mask that is True from column `first` up to, but not including, column `stop`."""
     return torch.tensor([first <= t < stop for t in range(width)])
 
 
@@ -36,25 +48,26 @@ CONFUSIONS = (
     Confusion(
         "tokens themselves",
         lambda p, end, T: span(p, end, T - 1),
-        "You marked the response's tokens themselves. The logits at t are about token t + 1, so "
-        "everything stands one column too far right.",
+        "You marked the response's tokens themselves. The logits at t predict token t + 1, so "
+        "each mark must move one column to the left.",
     ),
     Confusion(
         "tokens themselves, T columns",
         lambda p, end, T: span(p, end, T),
         "You marked the response's tokens themselves, in T columns. A mask over predictions has "
-        "T - 1: column t is about token t + 1, and nothing follows the last token.",
+        "T - 1: column t predicts token t + 1, and nothing follows the last token.",
     ),
     Confusion(
         "T columns",
         lambda p, end, T: span(p - 1, end - 1, T),
-        "All but the width is right. The last position predicts nothing, so there are T - 1.",
+        "The marks are correct, the width is not. The last position predicts nothing, so there are "
+        "T - 1 columns.",
     ),
     Confusion(
         "no eos",
         lambda p, end, T: span(p - 1, end - 2, T - 1),
-        "You left out the last token of the response. <eos> is a decision of the policy: without "
-        "it no one learns when to stop.",
+        "You left out the last token of the response. <eos> is a decision of the policy: if it is "
+        "not trained, the model does not learn when to stop.",
     ),
     Confusion(
         "first token missing",
@@ -65,22 +78,22 @@ CONFUSIONS = (
     Confusion(
         "padding",
         lambda p, end, T: span(p - 1, T, T - 1),
-        "You let the padding in. What follows <eos> was never chosen by the policy.",
+        "You included the padding. The policy did not choose what follows <eos>.",
     ),
     Confusion(
         "one too many",
         lambda p, end, T: span(p - 1, end, T - 1),
-        "One column too many at the end: the logits at <eos> are about padding.",
+        "There is one column too many at the end: the logits at <eos> predict padding.",
     ),
     Confusion(
         "prompt",
         lambda p, end, T: span(0, end - 1, T - 1),
-        "You let the prompt in. The policy did not choose it, so there is nothing to reward.",
+        "You included the prompt. The policy did not choose it, so there is nothing to reward.",
     ),
     Confusion(
         "turned round",
         lambda p, end, T: ~right(p, end, T),
-        "It is the other way round: True is for the response.",
+        "The mask is inverted: True must mark the response.",
     ),
 )
 
@@ -90,4 +103,4 @@ def check(answer, quick=False):
         Case(f"prompt_len {row[0]}, end {row[1]}, T {row[2]} ({words})", row)
         for words, row in ROWS.items()
     ]
-    check_function(answer, "response_mask", cases, right, CONFUSIONS)
+    check_function(answer, "response_mask", cases, right, CONFUSIONS, as_tensor)

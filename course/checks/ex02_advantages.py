@@ -3,18 +3,18 @@
 import statistics
 
 import torch
-from checks.common import Case, Confusion, check_function
+from checks.common import Case, Confusion, call, check_function
 
 import minibupo
 
 TITLE, MINUTES = "group advantages", 15
 REFUSED = [(minibupo, "group_advantages")]
 HINTS = (
-    "A row of rewards is a group. Mean and std are over dim 1, with keepdim=True so that they "
-    "can be subtracted from the row.",
-    "Tensor.std divides by n - 1 (correction=1) unless told otherwise. numpy.std divides by n.",
-    "Rounding can leave a tiny std for equal rewards. Compare the largest with the smallest "
-    "reward, and use torch.where.",
+    "A row of rewards is a group. Take mean and std over dim 1, with keepdim=True so that they can "
+    "be subtracted from the row.",
+    "Tensor.std divides by n - 1 (correction=1) by default. numpy.std divides by n.",
+    "The mean of equal rewards may be rounded, so it need not equal them. Compare the largest "
+    "reward with the smallest, and use torch.where.",
 )
 
 REWARDS = [
@@ -24,10 +24,11 @@ REWARDS = [
     [[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]],
     [[0.5, 0.5, 0.5], [0.0, 0.0, 0.0], [0.3, 0.1, 0.2]],
 ]
+EQUAL = [[value / 10] * 7 for value in range(1, 20)]  # most of their means are rounded
 
 
 def by_rows(one_row):
-    """An outcome (Q, G) from a computation on the list of one row's rewards."""
+    """Return an outcome (Q, G) that computes each row from the list of its rewards."""
 
     def outcome(rewards):
         rows = rewards.double().tolist()
@@ -46,13 +47,19 @@ right = by_rows(normed)
 
 
 def equal_is(value):
-    """The right advantages, except where all rewards of a row are equal."""
+    """Return an outcome that is correct except for rows of equal rewards, which give `value`."""
     return by_rows(lambda row: normed(row) if max(row) > min(row) else [value] * len(row))
 
 
 def whole_batch(rewards, centre_too=True):
     centred = rewards - (rewards.mean() if centre_too else rewards.mean(1, keepdim=True))
     return centred / (rewards.std() + 1e-6)
+
+
+def all_zero(function, rewards):
+    """Whether a learner's advantages are exactly 0."""
+    found = call(function, rewards)
+    return not bool(found.any()) if isinstance(found, torch.Tensor) else found
 
 
 def of_others(row):
@@ -63,24 +70,24 @@ CONFUSIONS = (
     Confusion(
         "biased std",
         by_rows(lambda row: normed(row, statistics.pstdev)),
-        "Your std divides by n. GRPO's is unbiased: n - 1.",
+        "Your std divides by n. GRPO uses the unbiased one, which divides by n - 1.",
     ),
     Confusion(
         "std of the batch",
         lambda rewards: whole_batch(rewards, centre_too=False),
-        "You subtract the group's mean, but divide by the std of the whole batch. An easy question "
-        "then has small advantages only because others are hard.",
+        "You subtract the group's mean, but divide by the std of the whole batch. The advantages "
+        "of one question then depend on how difficult the other questions are.",
     ),
     Confusion(
         "whole batch",
         whole_batch,
-        "Mean and std are those of the whole batch. Then every response to a hard question looks "
-        "bad. (Reinforce++ does this; GRPO compares within a group.)",
+        "You take mean and std over the whole batch. Then every response to a difficult question "
+        "looks bad. (Reinforce++ does this; GRPO compares within a group.)",
     ),
     Confusion(
         "wrong axis",
         lambda rewards: right(rewards.T).T,
-        "You went down the columns, and compared responses to different questions. A group is a "
+        "You went down the columns, and so compared responses to different questions. A group is a "
         "row.",
     ),
     Confusion(
@@ -91,7 +98,7 @@ CONFUSIONS = (
     Confusion(
         "variance",
         by_rows(lambda row: normed(row, statistics.variance)),
-        "You divide by the variance. Its square root is wanted.",
+        "You divide by the variance instead of its square root.",
     ),
     Confusion(
         "rloo",
@@ -101,17 +108,27 @@ CONFUSIONS = (
     Confusion(
         "not centred",
         by_rows(lambda row: normed(row, centre=lambda _: 0.0)),
-        "You forgot to subtract the mean: only better than average is worth more.",
+        "You did not subtract the mean. An advantage is positive only for rewards above the mean.",
     ),
     Confusion(
         "nan",
         equal_is(float("nan")),
-        "Equal rewards give NaN, from 0 / 0. One such question spoils the whole gradient.",
+        "Equal rewards give NaN, from 0 / 0. One such question makes the whole gradient NaN.",
     ),
     Confusion(
         "equal is one",
         equal_is(1.0),
-        "Where all are right no response was better than another: 0, not the reward.",
+        "If all responses are correct, none was better than another: the advantage is 0, not the "
+        "reward.",
+    ),
+)
+
+EQUAL_CONFUSIONS = (
+    Confusion(
+        "rounding",
+        lambda rewards: False,
+        "The mean of equal numbers may be rounded, and a rounding error of 6e-8 divided by 1e-6 is "
+        "no longer small. Compare the rewards themselves.",
     ),
 )
 
@@ -119,3 +136,13 @@ CONFUSIONS = (
 def check(answer, quick=False):
     cases = [Case(f"rewards {rows}", (torch.tensor(rows),)) for rows in REWARDS]
     check_function(answer, "group_advantages", cases, right, CONFUSIONS)
+    equal = [Case("seven equal rewards, such as 0.7 seven times", (torch.tensor(EQUAL),))]
+    check_function(
+        answer,
+        "group_advantages",
+        equal,
+        lambda rewards: True,
+        EQUAL_CONFUSIONS,
+        all_zero,
+        compare=lambda found, wanted: "is not exactly 0",
+    )

@@ -1,6 +1,7 @@
 """Exercise 3: the clipped surrogate, its value and its gradient."""
 
-from math import exp
+from functools import partial
+from math import exp, inf
 
 import torch
 from checks.common import Case, Confusion, Wrong, call, check_function
@@ -10,10 +11,10 @@ import minibupo
 TITLE, MINUTES = "the clipped surrogate", 30
 REFUSED = [(minibupo, "surrogate"), (minibupo, "policy_loss")]
 HINTS = (
-    "pi / pi_old is exp(logp - old_logp). The advantages need another dimension: advantages[:, "
+    "pi / pi_old is exp(logp - old_logp). The advantages need a second dimension: advantages[:, "
     "None].",
-    "Compute both products and take torch.min of them, element by element.",
-    "The mean is over objective[mask]: a long response counts for more than a short one.",
+    "Compute both products and take their elementwise torch.min.",
+    "The mean is over objective[mask], so a long response counts more than a short one.",
 )
 
 T, F = True, False
@@ -45,7 +46,7 @@ def cases():
 
 
 def objective(logp, old_logp, advantage, low=0.8, high=1.2, choose=min):
-    """Of one token, and its derivative by logp."""
+    """Return the objective of one token, and its derivative with respect to logp."""
     ratio = exp(logp - old_logp)
     free, clipped = ratio * advantage, min(max(ratio, low), high) * advantage
     value = choose(free, clipped)
@@ -54,7 +55,7 @@ def objective(logp, old_logp, advantage, low=0.8, high=1.2, choose=min):
 
 
 def loss(token=objective, average="token", sign=-1):
-    """The loss as a plain loop over tokens, with what may be wrong in it as options."""
+    """Return the loss as a plain loop over tokens; each option is a mistake that it can make."""
 
     def outcome(logp, old_logp, advantages, mask, part=0):
         total, N, width = 0.0, *mask.shape
@@ -71,7 +72,7 @@ def loss(token=objective, average="token", sign=-1):
 
 
 def gradient(logp, old_logp, advantages, mask):
-    """The gradient by logp, in closed form."""
+    """Return the gradient with respect to logp, in closed form."""
     grad = torch.zeros(logp.shape)
     for i, t in mask.nonzero().tolist():
         grad[i, t] = objective(float(logp[i, t]), float(old_logp[i, t]), float(advantages[i]))[1]
@@ -79,12 +80,14 @@ def gradient(logp, old_logp, advantages, mask):
 
 
 def through(function, logp, *args):
-    """The gradient by logp that a learner's loss has."""
+    """Return the gradient of a learner's loss with respect to logp."""
     logp = logp.requires_grad_()
     result = call(function, logp, *args)
     if not result.requires_grad:
-        says = "The value is right, but it has no gradient: no .item(), detach or no_grad on the "
-        raise Wrong("no gradient", says + "way. Nothing would be learned.")
+        says = (
+            "The value is correct, but it has no gradient, so nothing would be learned. Do not use "
+        )
+        raise Wrong("no gradient", says + ".item(), detach or no_grad on logp.")
     return torch.autograd.grad(result, logp)[0]
 
 
@@ -134,36 +137,60 @@ def no_ratio(logp, old_logp, advantage):
     return (logp * advantage,)
 
 
-def one_ratio(logp, old_logp, advantages, mask):
-    """The ratio of whole sequences instead of tokens."""
+def one_ratio(logp, old_logp, advantages, mask, by_length=False):
+    """The loss with one ratio per response; by_length: the geometric mean over its tokens."""
     log_ratios = ((logp - old_logp) * mask).sum(1)
-    ratio, clipped = log_ratios.exp(), log_ratios.exp().clamp(0.8, 1.2)
-    return -torch.min(ratio * advantages, clipped * advantages).mean()
+    if by_length:
+        log_ratios = log_ratios / mask.sum(1)
+    ratio = log_ratios.exp()
+    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
 CONFUSIONS = (
     Confusion(
         "clip without min",
         loss(clipped_only),
-        "You clip, but without min. A token that the update pushed the wrong way (ratio 0.5, "
-        "advantage 1) is clipped then, too, and nothing brings it back.",
+        "You clip, but do not take the minimum. A token that an update moved in the wrong "
+        "direction (ratio 0.5, advantage 1) is then clipped as well, and nothing brings it back.",
     ),
     Confusion(
-        "no clip", loss(unclipped), "Nothing is clipped: this is the bare ratio * advantage."
+        "no clip",
+        loss(unclipped),
+        "Nothing is clipped: this is ratio * advantage alone.",
+    ),
+    Confusion(
+        "upper clip only",
+        loss(partial(objective, low=-inf)),
+        "You clip the ratio from above only. With a negative advantage a ratio below 1 - clip is "
+        "clipped as well.",
+    ),
+    Confusion(
+        "lower clip only",
+        loss(partial(objective, high=inf)),
+        "You clip the ratio from below only. With a positive advantage a ratio above 1 + clip is "
+        "clipped as well.",
+    ),
+    Confusion(
+        "clip of the log-ratio",
+        loss(partial(objective, low=exp(-0.2), high=exp(0.2))),
+        "You clip the log-ratio to -clip .. clip, which allows ratios from 0.819 to 1.221. Take "
+        "exp first, and clip the ratio to 1 - clip .. 1 + clip.",
     ),
     Confusion(
         "max",
         loss(larger),
-        "You take the larger of the two. The objective takes the smaller one; if you turn the sign "
-        "first, min becomes max.",
+        "You take the larger of the two products; the objective takes the smaller one. (If you "
+        "change the sign first, min becomes max.)",
     ),
     Confusion(
         "sign",
         loss(sign=1),
-        "The sign: this is the objective. Minimising it would make bad responses likelier.",
+        "The sign: this is the objective. Minimising it would make bad responses more likely.",
     ),
     Confusion(
-        "ratio upside down", loss(upside_down), "Your ratio is pi_old / pi: exp(logp - old_logp)."
+        "ratio upside down",
+        loss(upside_down),
+        "Your ratio is pi_old / pi. It must be pi / pi_old, which is exp(logp - old_logp).",
     ),
     Confusion(
         "logs divided",
@@ -173,21 +200,21 @@ CONFUSIONS = (
     Confusion(
         "ratio always 1",
         loss(always_1),
-        "Your ratio is 1 everywhere. logp - logp.detach() is right only before the first step; "
-        "below the line stands old_logp.",
+        "Your ratio is 1 everywhere. logp - logp.detach() is correct only before the first "
+        "optimizer step; the denominator is old_logp.",
     ),
     Confusion("no exp", loss(log_ratio), "This is the log of the ratio. Take exp of it."),
     Confusion(
         "min of ratios",
         loss(min_of_ratios),
         "You take the minimum of the ratios and multiply afterwards. With a negative advantage the "
-        "smaller ratio has the larger product: multiply first.",
+        "smaller ratio has the larger product, so multiply first.",
     ),
     Confusion("around 0", loss(around_0), "A ratio is clipped around 1: to 1 - clip .. 1 + clip."),
     Confusion(
         "no ratio",
         loss(no_ratio),
-        "This is log pi * advantage, the plain policy gradient. Here it is the ratio.",
+        "This is log pi * advantage, the plain policy gradient. Use the ratio instead of log pi.",
     ),
     Confusion(
         "sequence",
@@ -198,9 +225,13 @@ CONFUSIONS = (
     Confusion(
         "padded tokens",
         loss(average="padded"),
-        "You divide by all positions, padding among them. Divide by the tokens of the responses.",
+        "You divide by all positions, including padding. Divide by the tokens of the responses.",
     ),
-    Confusion("garbage", loss(average="garbage"), "You forgot the mask: garbage is in your mean."),
+    Confusion(
+        "garbage",
+        loss(average="garbage"),
+        "You did not use the mask: garbage is in your mean.",
+    ),
     Confusion("sum", loss(average="sum"), "This is the sum over tokens; the mean is wanted."),
     Confusion(
         "responses",
@@ -210,20 +241,28 @@ CONFUSIONS = (
     Confusion(
         "sequence ratio",
         one_ratio,
-        "You have one ratio for a whole response. GRPO has one for each token. (GSPO is about "
-        "whole responses.)",
+        "You have one ratio for a whole response, the product over its tokens. GRPO has one ratio "
+        "for each token.",
+    ),
+    Confusion(
+        "gspo",
+        partial(one_ratio, by_length=True),
+        "You have one ratio for a whole response, the geometric mean over its tokens. That is "
+        "GSPO; GRPO has one ratio for each token.",
     ),
 )
 
 CLIP_CONFUSIONS = (
-    Confusion("clip ignored", clip_of_0_2, "You clip at 0.2, whatever the argument `clip` says."),
+    Confusion(
+        "clip ignored", clip_of_0_2, "You always clip at 0.2 and ignore the argument `clip`."
+    ),
 )
 
 GRADIENT_CONFUSIONS = (
     Confusion(
         "no gradient flows",
         lambda logp, *rest: torch.zeros_like(logp),
-        "The value is right, but the gradient is 0. Does old_logp move along with logp?",
+        "The value of the loss is correct, but its gradient is 0. Does old_logp move with logp?",
     ),
 )
 
@@ -231,7 +270,15 @@ GRADIENT_CONFUSIONS = (
 def check(answer, quick=False):
     inputs = list(cases())
     check_function(answer, "clipped_loss", inputs, loss(), CONFUSIONS)
-    check_function(answer, "clipped_loss", inputs, gradient, GRADIENT_CONFUSIONS, through)
+    check_function(
+        answer,
+        "clipped_loss",
+        inputs,
+        gradient,
+        GRADIENT_CONFUSIONS,
+        through,
+        what="the gradient by logp of ",
+    )
     args = (*inputs[0].args, 0.1)  # of ratio 1.5 and advantage 1
     narrow = [Case("one token, ratio 1.5, advantage 1, clip 0.1", args)]
     check_function(answer, "clipped_loss", narrow, lambda *_: torch.tensor(-1.1), CLIP_CONFUSIONS)

@@ -9,17 +9,18 @@ from model import GPT, GPTConfig
 TITLE, MINUTES = "internal policies", 30
 REFUSED = [(minibupo, "policy_logits"), (minibupo, "token_logprobs"), (GPT, "truncated")]
 HINTS = (
-    "for number, trace in enumerate(model.trace(tokens), 1): number is the layer, and "
+    "In `for number, trace in enumerate(model.trace(tokens), 1)`, number is the layer, and "
     "trace.resid_post is H^number.",
-    "What a module reads is a normed copy of the stream (attn_in, mlp_in). What it writes is "
-    "attn_out, mlp_out.",
-    "module_logits: list(model.trace(tokens))[l - 1] is layer l. Then model.unembed of one field.",
+    "A module reads a normed copy of the stream (attn_in, mlp_in) and writes attn_out or mlp_out.",
+    "In module_logits, list(model.trace(tokens))[l - 1] is layer l. Unembed one of its fields.",
 )
 L = 3
 
 
 def small(seed, tied):
-    """A GPT with random weights, norms too, or the final norm would be too easy to overlook."""
+    """Return a GPT with random weights, and tokens (2, 6).
+
+    The norms are random as well, because the final norm would otherwise change too little."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(11, 16, n_layer=L, d_model=16, n_head=2, tied=tied))
@@ -31,23 +32,24 @@ def small(seed, tied):
 
 
 def stream(model, tokens):
-    """All that layers read and write, block by block: a dict for each of layers 1..L."""
-    h, rope, layers = model.embed.weight[tokens], None, []
+    """Return what layers 1..L read and write, block by block: a dict for each layer."""
+    h = model.embed.weight[tokens]
     rope = model.cos[: tokens.shape[1]], model.sin[: tokens.shape[1]]
+    layers = []
     for block in model.blocks:
-        pre, attn_in = h, block.attn_norm(h)
-        attention = block.attn(attn_in, rope)
-        mid = h + attention
-        ffn_in = block.mlp_norm(mid)
-        ffn = block.mlp(ffn_in)
-        h = mid + ffn
-        layers.append(dict(pre=pre, attn_in=attn_in, attention=attention, mid=mid))
-        layers[-1] |= dict(ffn_in=ffn_in, ffn=ffn, post=h)
+        layer = {"pre": h}
+        layer["attn_in"] = block.attn_norm(h)
+        layer["attention"] = block.attn(layer["attn_in"], rope)
+        layer["mid"] = h + layer["attention"]
+        layer["ffn_in"] = block.mlp_norm(layer["mid"])
+        layer["ffn"] = block.mlp(layer["ffn_in"])
+        layer["post"] = h = layer["mid"] + layer["ffn"]
+        layers.append(layer)
     return layers
 
 
 def H(model, tokens, l):
-    """H^l; the layer below 0 is taken as 0, that above L as L."""
+    """Return H^l, with l limited to 0..L."""
     l = min(max(l, 0), L)
     return stream(model, tokens)[l - 1]["post"] if l else model.embed.weight[tokens]
 
@@ -65,7 +67,7 @@ def right_module(model, tokens, l, module):
 
 
 def module_as(field):
-    """Logits of another vector of the module's layer; `field` names it by module."""
+    """Return an outcome that unembeds other vectors of the layer; `field` names one per module."""
     return lambda model, tokens, l, module: logits(
         model, stream(model, tokens)[l - 1][field[module]]
     )
@@ -82,10 +84,10 @@ def other_layer(by):
     return outcome
 
 
-OFF = "Layers are numbered 1..L, H^0 is the embedding, but a list starts at 0."
+OFF = "Layers are numbered 1..L and H^0 is the embedding, but a list starts at index 0."
 NORM = (
-    "You normed H^l before unembedding. That is the logit lens; the internal policy takes the "
-    "stream as it is."
+    "You applied the final norm to H^l before unembedding. That is the logit lens; the internal "
+    "policy unembeds the stream without the norm."
 )
 LAYER_CONFUSIONS = (
     Confusion(
@@ -98,12 +100,18 @@ LAYER_CONFUSIONS = (
         lambda model, tokens, l: logits(
             model, model.final_norm(H(model, tokens, l)) if l == L else H(model, tokens, l)
         ),
-        "Layer L of yours is the model's own policy, with the final norm. pi_Layer^L has none.",
+        "Your layer L is the model's own policy, with the final norm. pi_Layer^L has no norm.",
     ),
     Confusion(
         "layer below",
         lambda model, tokens, l: right_layer(model, tokens, l - 1),
         f"This is layer l - 1. {OFF}",
+    ),
+    Confusion(
+        "last layer for 0",
+        lambda model, tokens, l: right_layer(model, tokens, l or L),
+        "l = 0 must give the embedding, H^0. A list index of l - 1 is then -1, which Python reads "
+        "as the last layer.",
     ),
     Confusion(
         "layer above",
@@ -115,24 +123,24 @@ LAYER_CONFUSIONS = (
         lambda model, tokens, l: logits(
             model, stream(model, tokens)[l - 1]["mid"] if l else H(model, tokens, 0)
         ),
-        "This is the stream in the middle of layer l (resid_mid): the FFN has not written yet.",
+        "This is the stream inside layer l (resid_mid), before the FFN writes.",
     ),
     Confusion(
         "write",
         lambda model, tokens, l: logits(
             model, H(model, tokens, l) - H(model, tokens, l - 1) if l else H(model, tokens, 0)
         ),
-        "This is what layer l adds. H^l is all that has been added up so far.",
+        "This is what layer l adds. H^l is the sum of everything added up to layer l.",
     ),
     Confusion(
         "pi_theta",
         lambda model, tokens, l: logits(model, model.final_norm(H(model, tokens, L))),
-        "This is pi_theta, whatever the layer: all layers and the final norm.",
+        "This is pi_theta for every l: all layers and the final norm.",
     ),
     Confusion(
         "sum of sums",
         lambda model, tokens, l: sum(right_layer(model, tokens, k) for k in range(l + 1)),
-        "You add up resid_post of all layers. Each of them is a sum already: H^l.",
+        "You add up resid_post of all layers. Each resid_post is such a sum already: H^l.",
     ),
     Confusion(
         "probabilities",
@@ -142,12 +150,12 @@ LAYER_CONFUSIONS = (
     Confusion(
         "log-probabilities",
         lambda *args: right_layer(*args).log_softmax(-1),
-        "These are log-probabilities. It is the same policy, but logits are wanted.",
+        "These are log-probabilities. They describe the same policy, but logits are wanted.",
     ),
     Confusion(
         "embedding for unembedding",
         lambda model, tokens, l: H(model, tokens, l) @ model.embed.weight.T,
-        "You multiplied by the input embedding. In this model E_u is a matrix of its own.",
+        "You multiplied by the input embedding. In this model E_u is a separate matrix.",
     ),
 )
 
@@ -155,18 +163,30 @@ MODULE_CONFUSIONS = (
     Confusion(
         "reads",
         module_as({"attention": "attn_in", "ffn": "ffn_in"}),
-        "This is what the module reads (a normed stream). Its policy is of what it writes.",
+        "This is what the module reads (the normed stream). Unembed what it writes.",
     ),
     Confusion(
         "reads, raw",
         module_as({"attention": "pre", "ffn": "mid"}),
-        "This is the stream before the module writes. A^l and F^l are only what it adds.",
+        "This is the stream before the module writes. A^l and F^l are only what the module adds.",
+    ),
+    Confusion(
+        "stream for attention",
+        module_as({"attention": "mid", "ffn": "ffn"}),
+        "The FFN is correct. For attention you took resid_mid, the stream after attention wrote; "
+        "A^l is only what attention adds, attn_out.",
+    ),
+    Confusion(
+        "stream for the ffn",
+        module_as({"attention": "attention", "ffn": "post"}),
+        "Attention is correct. For the FFN you took resid_post, the stream after the FFN wrote; "
+        "F^l is only what the FFN adds, mlp_out.",
     ),
     Confusion(
         "after the write",
         module_as({"attention": "mid", "ffn": "post"}),
-        "This is the stream after the module wrote: all the layers below are in it. A^l and F^l "
-        "are only what it adds.",
+        "This is the stream after the module wrote, so it includes all layers below. A^l and F^l "
+        "are only what the module adds.",
     ),
     Confusion(
         "modules swapped",
@@ -176,9 +196,15 @@ MODULE_CONFUSIONS = (
     Confusion(
         "always the ffn",
         module_as({"attention": "ffn", "ffn": "ffn"}),
-        'You give the FFN for either module. Its name is "attention" or "ffn".',
+        'You return the FFN\'s logits for both modules. module is "attention" or "ffn".',
     ),
-    Confusion("whole layer", whole_write, "H^l - H^(l-1) is the write of both modules, A^l + F^l."),
+    Confusion(
+        "always attention",
+        module_as({"attention": "attention", "ffn": "attention"}),
+        "You return attention's logits for both modules. The FFN's name is \"ffn\": does your code "
+        'compare with another one, such as "mlp"?',
+    ),
+    Confusion("whole layer", whole_write, "H^l - H^(l-1) is what both modules write, A^l + F^l."),
     Confusion("module below", other_layer(-1), f"This is the module of layer l - 1. {OFF}"),
     Confusion("module above", other_layer(1), f"This is the module of layer l + 1. {OFF}"),
     Confusion(
@@ -186,14 +212,15 @@ MODULE_CONFUSIONS = (
         lambda model, tokens, l, module: logits(
             model, model.final_norm(stream(model, tokens)[l - 1][module])
         ),
-        "You normed what the module writes. Internal policies have no final norm.",
+        "You applied the final norm to what the module writes. Internal policies have no norm.",
     ),
 )
 
 
 def check(answer, quick=False):
-    models = {"E_u of its own": small(0, tied=False), "tied embeddings": small(1, tied=True)}
-    layers, modules = [], []
+    models = {"separate E_u": small(0, tied=False), "tied embeddings": small(1, tied=True)}
+    layers = []
+    modules = []
     for words, inputs in models.items():
         layers += [Case(f"l = {l} ({words})", (*inputs, l)) for l in (1, 2, L, 0)]
         for module in ("attention", "ffn"):
@@ -204,4 +231,4 @@ def check(answer, quick=False):
     try:
         check_function(answer, "module_logits", modules, right_module, MODULE_CONFUSIONS)
     except Wrong as wrong:
-        raise Wrong(wrong.name, f"layer_logits is right; now module_logits.\n\n{wrong}") from None
+        raise Wrong(wrong.name, f"layer_logits is correct. module_logits:\n\n{wrong}") from None

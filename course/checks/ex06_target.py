@@ -7,10 +7,10 @@ import minibupo
 TITLE, MINUTES = "the target layer", 10
 REFUSED = [(minibupo, "target_layer")]
 HINTS = (
-    "Write the layer's number, from 1, above each value, and strike out the top one.",
-    "enumerate(d_mlp[:-1], 1) gives the layers 1..L-1 with their values.",
-    "Collect the layers with d > 0. The answer is the last of them; if there is none, raise "
-    "ValueError.",
+    "Write the layer's number, from 1, above each value, and cross out the top one.",
+    "enumerate(dH_mlp[:-1], 1) gives the layers 1..L-1 with their values.",
+    "Collect the layers with a value above 0. The answer is the last of them; if there are none, "
+    "raise ValueError.",
 )
 
 VALUES = [
@@ -25,35 +25,36 @@ VALUES = [
 ]
 
 
-def pick(choose, top=0, least=lambda d: d > 0, otherwise=ValueError):
-    """The rule with a few things changed: which of the layers found, and where to look."""
+def pick(choose, top=0, condition=lambda d: d > 0, otherwise=ValueError):
+    """Return the rule as an outcome, with mistakes as options: the choice among the layers found,
+    whether the top layer counts (top=1), the condition, and the outcome if no layer is found."""
 
-    def outcome(d_mlp):
-        found = [l for l in range(1, len(d_mlp) + top) if least(d_mlp[l - 1])]
-        return choose(found, d_mlp) if found else otherwise
+    def outcome(dH_mlp):
+        found = [l for l in range(1, len(dH_mlp) + top) if condition(dH_mlp[l - 1])]
+        return choose(found, dH_mlp) if found else otherwise
 
     return outcome
 
 
-def last(found, d_mlp):
+def last(found, dH_mlp):
     return found[-1]
 
 
 def gives(value):
-    """The rule, with another outcome than ValueError where there is no such layer."""
+    """Return the rule as an outcome, with another outcome than ValueError if no layer is found."""
 
-    def outcome(d_mlp):
-        return pick(last, otherwise=len(d_mlp) - 1 if value == "L - 1" else value)(d_mlp)
+    def outcome(dH_mlp):
+        return pick(last, otherwise=len(dH_mlp) - 1 if value == "L - 1" else value)(dH_mlp)
 
     return outcome
 
 
-def largest(found, d_mlp):
-    return max(found, key=lambda l: d_mlp[l - 1])
+def largest(found, dH_mlp):
+    return max(found, key=lambda l: dH_mlp[l - 1])
 
 
-def before_first_dip(found, d_mlp):
-    run = [l for l in found if all(d > 0 for d in d_mlp[:l])]
+def before_first_dip(found, dH_mlp):
+    run = [l for l in found if all(d > 0 for d in dH_mlp[:l])]
     return run[-1] if run else ValueError
 
 
@@ -61,18 +62,18 @@ CONFUSIONS = (
     Confusion(
         "with the top",
         pick(last, top=1),
-        "The top layer counts for you. The rule wants a layer *below* it: above layer L nothing is "
-        "left to build on it.",
+        "You include the top layer. The rule takes a layer *below* it, because no layer above "
+        "layer L could build on it.",
     ),
     Confusion(
         "from 0",
         pick(lambda found, d: found[-1] - 1),
-        "Your layers start at 0; here they are 1..L. One layer too low would be trained.",
+        "You count layers from 0; here they are 1..L. The layer below would be trained.",
     ),
     Confusion(
         "one above",
         pick(lambda found, d: found[-1] + 1),
-        "One layer too high: this one narrows down already (or you count from 2).",
+        "Your layer is one too high: its FFN already lowers entropy.",
     ),
     Confusion(
         "first",
@@ -82,8 +83,8 @@ CONFUSIONS = (
     Confusion(
         "largest",
         pick(largest),
-        "This is the layer that raises entropy most. The rule asks for the last one, however "
-        "little it raises.",
+        "This is the layer that raises entropy most. The rule takes the last one that raises it, "
+        "even if only a little.",
     ),
     Confusion(
         "first dip",
@@ -91,31 +92,33 @@ CONFUSIONS = (
         "You stop at the first layer that does not raise entropy. A later one may raise it again.",
     ),
     Confusion(
-        "zero", pick(last, least=lambda d: d >= 0), "0 is not above 0: that FFN explores nothing."
+        "zero",
+        pick(last, condition=lambda d: d >= 0),
+        "You include a layer with dH = 0, whose FFN does not raise entropy.",
     ),
     Confusion(
         "smallest",
         pick(lambda found, d: min(found, key=lambda l: d[l - 1])),
-        "This is the layer whose rise is closest to 0. The rule goes by position, not by size.",
+        "This is the layer with the smallest rise. The rule goes by position, not by size.",
     ),
     Confusion(
         "narrows",
-        pick(last, least=lambda d: d < 0),
+        pick(last, condition=lambda d: d < 0),
         "This is the last layer that *lowers* entropy.",
     ),
     *(
         Confusion(
             f"gives {getattr(value, '__name__', value)}",
             gives(value),
-            f"Where no layer below the top raises entropy, you {does}. Raise ValueError with a "
-            "sentence: whoever trains must choose.",
+            f"If no layer below the top raises entropy, you {does}. Raise ValueError with a "
+            "sentence: the user has to choose a layer.",
         )
         for value, does in (
-            (None, "return nothing, and a run would train something else without a word"),
-            (0, "give layer 0, the embedding"),
-            ("L - 1", "take layer L - 1 all the same"),
-            (-1, "give -1, which Python takes for the last layer"),
-            (IndexError, "stop with IndexError, which tells nobody what is wrong"),
+            (None, "return None, and a run would silently train another policy"),
+            (0, "return layer 0, the embedding"),
+            ("L - 1", "return layer L - 1 anyway"),
+            (-1, "return -1, which Python reads as the last layer"),
+            (IndexError, "stop with IndexError, which does not say what is wrong"),
         )
     ),
 )

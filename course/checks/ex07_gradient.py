@@ -1,4 +1,4 @@
-"""Exercise 7: a table of predictions against the gradients of a real backward."""
+"""Exercise 7: a table of predictions, compared with the gradients of a real backward pass."""
 
 import torch
 from checks.common import Wrong
@@ -6,16 +6,16 @@ from checks.common import Wrong
 from minibupo import FULL, Policy, policy_loss
 from model import GPT, GPTConfig
 
-TITLE, MINUTES = "who gets a gradient", 20
+TITLE, MINUTES = "which weights get a gradient", 20
 REFUSED = ()
 HINTS = (
-    "Draw the forward pass from tokens to logits as a chain. A gradient runs back along it, from "
-    "the logits, and reaches what was used on the way.",
-    "All policies use E_u last. Which is the only one that uses the final norm?",
-    "The FFN of a layer reads the stream after attention has written. Which of the two can then "
-    "depend on the other?",
-    "absent: in which of the two matrices does a token that nobody typed get probability? Which "
-    "matrix is that, if embeddings are tied?",
+    "Draw the forward pass from tokens to logits as a chain. The gradient runs back along it, from "
+    "the logits, and reaches everything that was used on the way.",
+    "All policies use E_u last. Only one of them uses the final norm: which one?",
+    "The FFN of a layer reads the stream after attention has written to it. Which of the two "
+    "modules can then depend on the other?",
+    "absent: the softmax gives a probability to every token, also to one that is not in the batch. "
+    "Which of the two matrices computes it? Which matrix is that, if embeddings are tied?",
 )
 
 COLUMNS = {  # name: policy, tied
@@ -31,13 +31,15 @@ ABSENT = 10  # a token that is not in the batch
 
 
 def truth(policy, tied) -> dict[str, int]:
-    """Which weights have a gradient other than 0 after a real backward."""
+    """Return, for each row of the table, 1 if a real backward pass gives it a nonzero gradient."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPT(GPTConfig(11, 16, n_layer=4, d_model=16, n_head=2, tied=tied))
         tokens = torch.randint(0, ABSENT, (4, 8))
-    mask, advantages = torch.ones(4, 7, dtype=torch.bool), torch.tensor([1.5, -0.5, -0.5, -0.5])
-    policy_loss(model, tokens, torch.full((4, 7), -2.4), advantages, mask, policy)[0].backward()
+    mask = torch.ones(4, 7, dtype=torch.bool)
+    advantages = torch.tensor([1.5, -0.5, -0.5, -0.5])
+    loss, _ = policy_loss(model, tokens, torch.full((4, 7), -2.4), advantages, mask, policy)
+    loss.backward()
     embedding = model.embed.weight
     found = {"embedding": [embedding.grad], "E_u": [model.lm_head.weight.grad]}
     found["absent"] = [embedding.grad[ABSENT]]
@@ -52,15 +54,15 @@ def truth(policy, tied) -> dict[str, int]:
 
 
 def read(table) -> dict[tuple[str, str], str]:
-    """The cells of a learner's table, {(row, column): what stands there}."""
+    """Return the cells of a learner's table, {(row, column): "0", "1" or something else}."""
     if not isinstance(table, str):
-        raise Wrong("form", "PREDICTION must stay the table, a text in three quotes")
+        raise Wrong("form", "PREDICTION must be the table, a text in triple quotes")
     cells = {}
     for line in table.strip().splitlines()[1:]:
         name = next((row for row in ROWS if line.startswith(row)), None)
         values = line[len(name or "") :].split()
         if name is None or len(values) != len(COLUMNS):
-            raise Wrong("form", f"this is no row of {len(COLUMNS)} cells: {line.strip()!r}")
+            raise Wrong("form", f"this is not a row of {len(COLUMNS)} cells: {line.strip()!r}")
         cells |= {(name, column): value for column, value in zip(COLUMNS, values)}
     missing = [row for row in ROWS if (row, "pi_theta") not in cells]
     if missing:
@@ -74,7 +76,7 @@ def read(table) -> dict[tuple[str, str], str]:
 
 
 def misunderstanding(row: str, column: str, wanted: int) -> str:
-    """Which of SAYS a wrong cell shows."""
+    """Return the key of SAYS that explains an incorrect cell."""
     policy, tied = COLUMNS[column]
     if row == "absent":
         return "absent, tied" if tied else "absent"
@@ -92,30 +94,30 @@ def misunderstanding(row: str, column: str, wanted: int) -> str:
 
 
 SAYS = {
-    "above": "Nothing above the policy's layer is computed for it, so there is no gradient. A "
-    "gradient runs down from the vector that is unembedded, not up.",
-    "below": "A gradient runs down from the vector that is unembedded through all that it was made "
-    "of: what the module read, and so what all layers below have written.",
-    "final norm": "An internal policy has no final norm. With it, it would be the logit lens.",
-    "E_u": "E_u makes the logits of every policy, wherever it is read. So it learns in phase 1, "
-    "too, and changes pi_theta by that.",
+    "above": "Layers above the policy's layer are not computed for it, so they have no gradient. "
+    "The gradient runs down from the vector that is unembedded, not up.",
+    "below": "The gradient runs down from the vector that is unembedded to everything it was "
+    "computed from: what the module read, and so what all layers below wrote.",
+    "final norm": "An internal policy has no final norm. With the norm it would be the logit lens.",
+    "E_u": "E_u computes the logits of every policy. It therefore also learns in phase 1, and that "
+    "changes pi_theta.",
     "embedding": "The chain ends at the embedding: H^0 is a term of the stream, and all layers "
     "read it.",
-    "pi_theta": "pi_theta uses every layer and the final norm: everything learns.",
+    "pi_theta": "pi_theta uses every layer and the final norm, so all of them learn.",
     "ffn above attention": "The FFN of layer 2 reads what attention of layer 2 wrote. It comes "
-    "later, so A^2 cannot depend on it.",
-    "attention below ffn": "The FFN of layer 3 reads H^2 + A^3. So F^3 depends on attention of its "
-    "own layer.",
-    "absent": "A token that is not in the batch never enters, so its row of the embedding has "
-    "gradient 0. (That of E_u has one: softmax pushes down all tokens not chosen.)",
-    "absent, tied": "Tied, the row of an absent token is a row of E_u as well, and softmax pushes "
-    "down all tokens not chosen. So every token's embedding moves.",
+    "later, so A^2 does not depend on it.",
+    "attention below ffn": "The FFN of layer 3 reads H^2 + A^3, so F^3 depends on the attention of "
+    "its own layer.",
+    "absent": "A token that is not in the batch is not looked up, so its row of the embedding has "
+    "gradient 0. (Its row of E_u has one, because the softmax lowers all tokens not chosen.)",
+    "absent, tied": "If embeddings are tied, the row of an absent token is also a row of E_u, and "
+    "the softmax lowers all tokens not chosen. So the embedding of every token moves.",
 }
 
 
 def check(answer, quick=False):
     cells = read(getattr(answer.module, "PREDICTION", None))
-    found = {}  # kind of misunderstanding: cells
+    found = {}  # {kind of misunderstanding: its cells}
     for column, setting in COLUMNS.items():
         for row, wanted in truth(*setting).items():
             if int(cells[row, column]) != wanted:
@@ -123,7 +125,8 @@ def check(answer, quick=False):
                 found.setdefault(kind, []).append(f"{row} for {column}")
     if found:
         kind = max(found, key=lambda kind: len(found[kind]))
-        count, shown = sum(map(len, found.values())), "; ".join(found[kind][:4])
+        count = sum(map(len, found.values()))
+        shown = "; ".join(found[kind][:4])
         more = ", ..." if len(found[kind]) > 4 else ""
-        where = f"{count} of {len(cells)} cells are wrong, among them {shown}{more}."
+        where = f"{count} of {len(cells)} cells are incorrect, for example {shown}{more}."
         raise Wrong(kind, f"{where}\n{SAYS[kind]}")

@@ -1,18 +1,20 @@
-"""Exercise 7 (20 minutes): who gets a gradient? Predict, then check.
+"""Exercise 7 (20 minutes): which weights get a gradient? Predict, then check.
 
-One backward of the loss of some policy on a batch, in a model of four layers. Replace each ? by 1
-where the weights have a gradient other than 0, else by 0. Do not run it first: the check does that.
+A model of four layers makes one backward pass of a policy's loss on a batch. Replace each ? by 1 if
+these weights have a gradient other than 0, and by 0 otherwise. Do not run it; the check does that.
 
-    embedding   the table that tokens enter by; "absent": its row of a token not in the batch
-    attn l      attention of layer l and the norm before it; ffn l: the FFN and its norm
+    embedding   the table that turns tokens into vectors
+    absent      the row of that table that belongs to a token which is not in the batch
+    attn l      attention of layer l and the norm before it; ffn l: the FFN and the norm before it
     E_u         the unembedding matrix
 
-Policies (the columns): pi_theta is the model's own; Layer 2 that of H^2 (Eq. 6); ATTN 2 that of
-what attention of layer 2 writes, FFN 3 that of what the FFN of layer 3 writes (Eq. 7). In the last
-column embeddings are tied: one matrix is the embedding and E_u. In the others they are two.
+Each column is a policy: pi_theta is the model's own; Layer 2 is the policy of H^2 (Eq. 6). ATTN 2
+is that of A^2, which attention of layer 2 writes, and FFN 3 that of F^3, which the FFN of layer 3
+writes (Eq. 7). In the last column embeddings are tied: the embedding and E_u are one matrix. In the
+other columns they are two.
 """
 
-import torch  # noqa: F401
+import torch
 
 PREDICTION = """
               pi_theta   Layer 2   ATTN 2   FFN 3   Layer 2, tied

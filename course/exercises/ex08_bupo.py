@@ -1,18 +1,18 @@
-"""Exercise 8 (1 hour): BuPO. From the pieces to a run that reaches 90 %.
+"""Exercise 8 (1 hour): BuPO. From the pieces to a run that reaches 90%.
 
 1. improve(model, optimizer, rollouts, policy): one pass over a batch. rollouts has tokens (N, T),
-   prompt_len, end (N,), rewards (Q, G): N = Q G rows, responses to one question are neighbours.
-   Old log-probabilities are those that `policy` gives before the first step. Then take Q / 4
+   prompt_len and end (N,), and rewards (Q, G): N = Q G rows, responses to one question neighbours.
+   Old log-probabilities are those of `policy` before the first optimizer step. Then take Q / 4
    questions at a time, in order: zero the gradient, policy_loss, backward, clip the gradient's norm
    to 1 (torch.nn.utils.clip_grad_norm_), step. Q is a multiple of 4.
-2. bupo(model, optimizer, sample, target, s_inter, steps): steps 1..steps of Algorithm 1. A step
-   samples, sample(step), and improves: the policy `target` for the first s_inter steps, then FULL.
-The check compares your weights after each step with its own, on a small model, then trains
-course/base.pt (about a minute) to 90 % at n = 3. Read the docstrings of the pieces first, and leave
-out what else the library does: it yields each step, and resets AdamW's moments between the phases.
+2. bupo(model, optimizer, sample, target, s_inter, steps): Algorithm 1, a loop over steps 1..steps.
+   Each step samples, sample(step), and improves: `target` in the first s_inter steps, then FULL.
+The check compares your weights after each step with its own, on a small model, and then trains
+course/base.pt (about a minute) to 90% at n = 3. Read the docstrings of the pieces first. Leave out
+the reset of AdamW's moments between the phases, which the library has in addition.
 """
 
-import torch  # noqa: F401
+import torch
 
 
 def improve(model, optimizer, rollouts, policy):

@@ -1,4 +1,4 @@
-"""Solution 4. Policies differ in the vector only; the matrix E_u is the same for all."""
+"""Solution 4. The policies differ only in the vector; the matrix E_u is the same for all."""
 
 
 def layer_logits(model, tokens, l):

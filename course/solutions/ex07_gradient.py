@@ -1,11 +1,11 @@
-"""Solution 7. A gradient enters at the vector that is unembedded and runs down through all that
-made it. E_u gets one as well, for it is a factor of the logits. What comes later in the forward
-pass is not in the graph: higher layers, and for ATTN 2 also the FFN of its own layer. Only pi_theta
-has the final norm.
+"""Solution 7. The gradient starts at the vector that is unembedded and runs back through everything
+that this vector was computed from. E_u also gets a gradient, because it is a factor of the logits.
+What comes later in the forward pass gets none: the layers above, and for ATTN 2 also the FFN of its
+own layer. Only pi_theta uses the final norm.
 
-A token that is not in the batch never enters, so its row of the embedding gets 0. Its row of E_u
-does get a gradient, since the softmax pushes down all tokens that were not chosen. Tied, these two
-rows are one: in phase 1, too, every token's embedding moves."""
+The embedding row of an absent token is not used, so its gradient is 0. The token's row of E_u does
+have a gradient, because the softmax lowers all tokens that were not chosen. If embeddings are tied,
+both rows are the same one: then the embedding of every token moves, also in phase 1."""
 
 PREDICTION = """
               pi_theta   Layer 2   ATTN 2   FFN 3   Layer 2, tied

@@ -1,13 +1,16 @@
-"""course/lecture.ipynb from first to last cell in a fresh kernel, against what is committed.
+"""course/lecture.ipynb, run from the first to the last cell in a fresh kernel.
 
-Needs the extra `course`. Cells carry tags. `within-A-R`: a new run must repeat the printed numbers
-within A, or a share R. Where they come from samples this leaves room for other samples, since
-random numbers differ between processors. `trained`: what comes out of training, where one other
-token changes all that follows. `plot`: a cell that only draws. After a change of what the notebook
-reads: jupyter nbconvert --to notebook --execute --inplace course/lecture.ipynb"""
+Needs the extra `course`. Cells have tags. `within-A-R`: a new run must repeat the printed numbers
+within A, or within a share R of them. If the numbers come from samples, this leaves room for other
+samples, because random numbers differ between processors. `trained`: the result of training, where
+one different token changes everything after it. `plot`: a cell that only draws. `answer`: a cell
+that lecture-empty lacks. If something changes that the notebook reads, execute it again:
+jupyter nbconvert --to notebook --execute --inplace course/lecture.ipynb"""
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,7 @@ def tags(cell) -> list[str]:
 
 
 def printed(cell) -> str:
-    """All that a cell has printed."""
+    """Return everything that a cell has printed."""
     return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
@@ -45,7 +48,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def fresh(committed):
-    """The notebook run anew. Raises CellExecutionError if a cell fails."""
+    """Run the notebook. Raises CellExecutionError if a cell fails."""
     notebook = copy.deepcopy(committed)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
@@ -78,8 +81,10 @@ def test_each_cell_has_a_place_in_the_slides(committed):
 
 
 def test_students_predict_in_each_section(committed):
-    """Each numbered section, but for the verdict, asks for a prediction before it shows results."""
-    number, asked, shown = None, set(), set()
+    """Each numbered section, except the verdict, asks for a prediction before it shows results."""
+    number = None
+    asked = set()
+    shown = set()
     for cell in committed.cells:
         heading = re.match(r"## (\d+)\.", cell.source)
         number = int(heading[1]) if heading else number
@@ -91,12 +96,65 @@ def test_students_predict_in_each_section(committed):
     assert asked == set(range(1, 10)) and shown == set(range(1, 11))
 
 
+def test_without_its_answers_no_question_is_answered(committed):
+    """What remains of lecture-empty has the questions, but no cell that begins with an answer."""
+    kept = [cell for cell in committed.cells if "answer" not in tags(cell)]
+    starts = ("**Answer", "**Why?", "**What to see", "### One control", "**On our toy")
+    assert not [cell.source for cell in kept if cell.source.startswith(starts)]
+    assert sum("Predict" in cell.source for cell in kept) == sum(
+        "Predict" in cell.source for cell in committed.cells
+    )
+
+
+def test_code_before_the_figure_of_the_study_is_not_in_the_slides(committed):
+    """The slides show the question, the intervals and the figure, not five slides of code."""
+    sources = [cell.source for cell in committed.cells]
+    first = next(i for i, source in enumerate(sources) if source.startswith("folder = "))
+    last = sources.index("plot_study(shown)")
+    kinds = [cell.metadata["slideshow"]["slide_type"] for cell in committed.cells[first:last]]
+    assert kinds.count("skip") == len(kinds) - 1
+    [shown] = [source for source, kind in zip(sources[first:last], kinds) if kind != "skip"]
+    assert "interval_by_hand" in shown
+
+
+def first_cell(committed, address, folder):
+    """Run the first code cell in another folder, with an address; return the finished process."""
+    source = code_cells(committed)[0].source
+    assert source.count('REPOSITORY = ""') == 1
+    source = source.replace('REPOSITORY = ""', f"REPOSITORY = {str(address)!r}")
+    command = [sys.executable, "-c", source + "\nprint(ROOT)"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_outside_a_clone_the_first_cell_clones_or_says_why_not(committed, tmp_path):
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "minibupo.py").touch()
+    name = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], [*name, "commit", "--quiet", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=origin, check=True)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for address in ("", tmp_path / "no repository"):
+        refused = first_cell(committed, address, elsewhere)
+        assert refused.returncode == 1 and not refused.stdout
+        assert "set REPOSITORY to an address" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+    for _ in range(2):  # the second time the clone is there
+        done = first_cell(committed, origin.as_uri(), elsewhere)
+        assert Path(done.stdout.strip()).samefile(elsewhere / "minibupo"), done.stderr
+    inside = first_cell(committed, "", LECTURE.parent)
+    assert Path(inside.stdout.strip()).samefile(LECTURE.parent.parent)
+
+
 def test_it_runs_in_a_fresh_kernel_with_the_same_outputs(committed, fresh):
-    """The same kinds of output in each cell: nothing failed, nothing is missing."""
+    """Each cell has the same kinds of output: nothing failed, and nothing is missing."""
 
     def shape(cell):
         kinds = [(o.output_type, o.get("name"), *sorted(o.get("data", ()))) for o in cell.outputs]
-        # a stream may arrive in several parts, and machines differ in what they warn of
+        # a stream may arrive in several parts, and machines differ in their warnings
         return [kind for kind in dict.fromkeys(kinds) if kind[1] != "stderr"]
 
     for old, new in zip(code_cells(committed), code_cells(fresh)):
@@ -117,25 +175,42 @@ def test_printed_numbers_are_repeated(committed, fresh):
 
 
 def test_training_shows_what_the_text_says(committed, fresh):
-    """GRPO and BuPO learn careful work, and phase 1 for ever does not."""
+    """GRPO and BuPO learn careful work, and phase 1 forever does not."""
     for notebook in (committed, fresh):
         [table] = [printed(c) for c in code_cells(notebook) if "cos(H^target" in printed(c)]
-        right = {line[:18].strip(): numbers(line[18:])[0] for line in table.splitlines()[1:]}
-        assert right["GRPO"] > 75 and right["BuPO, 5 steps"] > 75
-        assert right["phase 1 for ever"] < min(right["GRPO"], right["BuPO, 5 steps"]) - 10
+        correct = {line[:18].strip(): numbers(line[18:])[0] for line in table.splitlines()[1:]}
+        assert correct["GRPO"] > 75 and correct["BuPO, 5 steps"] > 75
+        assert correct["phase 1 forever"] < min(correct["GRPO"], correct["BuPO, 5 steps"]) - 10
+
+
+def test_the_verdict_says_what_was_computed(committed):
+    """The numbers in the text are those of the cell above it."""
+    [cell] = [c for c in code_cells(committed) if c.source.startswith('says("BuPO - GRPO, at')]
+    [verdict] = [c.source for c in committed.cells if c.source.startswith("**On our toy")]
+    rows = {line[:38].strip(): line[38:] for line in printed(cell).splitlines()}
+    for name, sign in (
+        ("BuPO - GRPO, over the run", -1),  # "7.0 points lower"
+        ("BuPO - GRPO, at the end", 1),
+        ("GRPO with the layers above frozen", -1),  # "costs 1.5"
+        ("GRPO with the reset", 1),
+    ):
+        mean, half = numbers(rows[name].replace("+-", " "))[:2]
+        text = f"{sign * mean:+.1f} ± {half}" if sign > 0 else f" {sign * mean:.1f} ± {half}"
+        assert text in verdict, name
 
 
 def test_numbers_are_those_of_the_readme(committed):
-    """Where README and notebook speak of the base of seed 0, they say the same."""
+    """README and notebook have the same numbers for the seed-0 base model."""
     readme = (LECTURE.parent.parent / "README.md").read_text(encoding="utf-8")
     text = "\n".join(map(printed, code_cells(committed)))
     row = re.search(r"^ +5 +(0\.\d{3} .*)$", readme, re.M)[1]  # the first table, before RL
-    right, _, right_steps, passed, _ = numbers(row)
-    for name, value in {"answer": right, "no step wrong": right_steps, "one of 8": passed}.items():
+    correct, _, correct_lines, passed, _ = numbers(row)
+    measures = {"answer correct": correct, "all lines correct": correct_lines}
+    for name, value in {**measures, "one of 8 correct": passed}.items():
         [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         assert numbers(line.removeprefix(name))[0] == pytest.approx(100 * value, abs=0.06)
     layers = re.findall(r"^    [1-6] +(-?\d\.\d\d) +(-?\d\.\d\d)(.*)", readme, re.M)
     [raw] = [line for line in text.splitlines() if re.match(r"raw +\d\.\d\d( +\d\.\d\d){6}$", line)]
     assert numbers(raw)[1:] == [float(entropy) for entropy, _, _ in layers]
-    [d_ffn] = [line for line in text.splitlines() if line.startswith("against what the FFN reads")]
-    assert numbers(d_ffn)[:6] == [numbers(rest)[1] for _, _, rest in layers]
+    [dH_ffn] = [line for line in text.splitlines() if line.startswith("against what the FFN reads")]
+    assert numbers(dH_ffn)[:6] == [numbers(rest)[1] for _, _, rest in layers]

@@ -1,6 +1,6 @@
 """course/bugs: every patch applies, and a test kills every bug.
 
-Each mutated copy runs the one test that its patch names, so all of it takes about a minute.
+Each copy with a bug runs the one test that its patch names, so everything takes about a minute.
 """
 
 import importlib.util
@@ -20,8 +20,30 @@ def test_there_are_20_to_25_bugs_of_one_line_in_more_than_one_file():
     assert {bug.file for bug in museum.BUGS} == {"minibupo.py", "model.py", "train_toy.py"}
     for i, bug in enumerate(museum.BUGS, 1):
         assert bug.name.startswith(f"{i:02}-") and bug.why.endswith(".")
-        old, new = bug.old.splitlines(), bug.new.splitlines()
+        old = bug.old.splitlines()
+        new = bug.new.splitlines()
         assert sum(a != b for a, b in zip(old, new)) == 1 and len(old) == len(new), bug.name
+
+
+def test_three_are_departures():
+    departures = [bug.name for bug in museum.BUGS if bug.departure]
+    assert departures == ["01-biased-std", "05-final-norm-left-in", "10-moments-kept"]
+
+
+def test_only_the_folder_of_the_key_tells_which_bug_is_which():
+    assert {path.name for path in BUGS.iterdir()} - {"__pycache__"} == {
+        "README.md",
+        "bugs.png",
+        "key",
+        "run.py",
+    }
+    readme = (BUGS / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in readme.splitlines() if line.startswith("| ")][1:]
+    names = [name.strip() for name, _ in rows]
+    assert names == sorted(names, key=str.lower)
+    assert all(gloss.strip() for _, gloss in rows)
+    stars = {bug.name[3:].replace("-", " ") + " *" * bug.departure for bug in museum.BUGS}
+    assert {name.lower().replace("pi_theta", "pi theta") for name in names} == stars
 
 
 @pytest.mark.parametrize("bug", museum.BUGS, ids=lambda bug: bug.name)
@@ -31,11 +53,22 @@ def test_each_patch_applies_and_is_still_python(bug, tmp_path):
 
 
 def test_a_patch_that_does_not_apply_is_named(tmp_path):
-    bug = museum.BUGS[0]._replace(old="a line that is not there\n")
+    bug = museum.BUGS[0]._replace(old="a line that is missing\n")
     with pytest.raises(
         ValueError, match="01-biased-std.patch: its old text is 0 times in minibupo"
     ):
         museum.broken_copy(bug, tmp_path)
+
+
+def test_a_copy_has_no_environments(tmp_path, monkeypatch):
+    for folder in ("env", "course/.my-env", "tests/data"):
+        (tmp_path / "clone" / folder).mkdir(parents=True)
+        (tmp_path / "clone" / folder / "pyvenv.cfg").touch()
+    (tmp_path / "clone" / "tests" / "data" / "pyvenv.cfg").rename(tmp_path / "clone" / "model.py")
+    monkeypatch.setattr(museum, "ROOT", tmp_path / "clone")
+    copy = museum.broken_copy(None, tmp_path)
+    found = {str(path.relative_to(copy)) for path in copy.rglob("*")}
+    assert found == {"course", "model.py", "tests", str(Path("tests/data"))}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +78,7 @@ def killed_by():
 
 @pytest.mark.parametrize("bug", museum.BUGS, ids=lambda bug: bug.name)
 def test_a_test_kills_it(bug, killed_by):
-    """The one that the patch names: another name in the header would mislead a student."""
+    """It is the test that the patch names: another name in the header would mislead a student."""
     assert killed_by[bug.name] == bug.killed_by
 
 
@@ -55,7 +88,7 @@ def test_a_bug_that_nothing_kills_is_noticed():
 
 
 def test_the_key_is_that_of_the_results():
-    """No run twice; numbers and verdict are those of the lines. run.py writes it."""
+    """No run is there twice, and the numbers and the verdict are those of results.jsonl."""
     lines = [json.loads(line) for line in museum.RESULTS.read_text(encoding="utf-8").splitlines()]
     runs = [(line["bug"], line["seed"]) for line in lines]
     names = [museum.UNBROKEN, *(bug.name for bug in museum.BUGS)]

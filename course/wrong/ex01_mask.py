@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 1 and the feedback that each must get."""
+"""Incorrect answers to exercise 1 and the feedback that each must get."""
 
 import torch
 
@@ -53,8 +53,12 @@ def as_numbers(prompt_len, end, T):
     return ((t >= prompt_len - 1) & (t < end - 1)).long()
 
 
-def as_list(prompt_len, end, T):
-    return [prompt_len <= t + 1 < end for t in range(T - 1)]
+def as_a_set(prompt_len, end, T):
+    return {t for t in range(T - 1) if prompt_len <= t + 1 < end}
+
+
+def as_a_list_of_tokens(prompt_len, end, T):
+    return [prompt_len <= t < end for t in range(T - 1)]
 
 
 WRONG = [
@@ -68,5 +72,6 @@ WRONG = [
     ("response_mask", with_the_prompt, "prompt"),
     ("response_mask", turned_round, "turned round"),
     ("response_mask", as_numbers, "dtype"),
-    ("response_mask", as_list, "type"),
+    ("response_mask", as_a_set, "type"),
+    ("response_mask", as_a_list_of_tokens, "tokens themselves"),
 ]

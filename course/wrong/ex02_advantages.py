@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 2 and the feedback that each must get."""
+"""Incorrect answers to exercise 2 and the feedback that each must get."""
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ def equal_is_one(rewards):
     return advantages
 
 
+def formula_alone(rewards):
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+
+
 def library(rewards):
     return minibupo.group_advantages(rewards)
 
@@ -72,6 +76,7 @@ WRONG = [
     ("group_advantages", not_centred, "not centred"),
     ("group_advantages", no_eps, "nan"),
     ("group_advantages", equal_is_one, "equal is one"),
+    ("group_advantages", formula_alone, "rounding"),
     ("group_advantages", library, "library"),
     ("group_advantages", flat, "shape"),
 ]

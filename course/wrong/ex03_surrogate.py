@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 3 and the feedback that each must get."""
+"""Incorrect answers to exercise 3 and the feedback that each must get."""
 
 import torch
 
@@ -77,6 +77,27 @@ def one_ratio(logp, old_logp, advantages, mask, clip=0.2):
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
+def gspo(logp, old_logp, advantages, mask, clip=0.2):
+    length = mask.sum(1)
+    ratio = (((logp - old_logp) * mask).sum(1) / length).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def one_sided(**bounds):
+    def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):
+        ratio = (logp - old_logp).exp()
+        A = advantages[:, None]
+        return -torch.minimum(ratio * A, ratio.clamp(**bounds) * A)[mask].mean()
+
+    return clipped_loss
+
+
+def log_ratio_clipped(logp, old_logp, advantages, mask, clip=0.2):
+    log_ratio = logp - old_logp
+    A = advantages[:, None]
+    return -torch.minimum(log_ratio.exp() * A, log_ratio.clamp(-clip, clip).exp() * A)[mask].mean()
+
+
 def no_gradient(logp, old_logp, advantages, mask, clip=0.2):
     return -torch.minimum(*pieces(logp.detach(), old_logp, advantages))[mask].mean()
 
@@ -134,6 +155,10 @@ WRONG = [
     ("clipped_loss", total, "sum"),
     ("clipped_loss", by_responses, "responses"),
     ("clipped_loss", one_ratio, "sequence ratio"),
+    ("clipped_loss", gspo, "gspo"),
+    ("clipped_loss", one_sided(max=1.2), "upper clip only"),
+    ("clipped_loss", one_sided(min=0.8), "lower clip only"),
+    ("clipped_loss", log_ratio_clipped, "clip of the log-ratio"),
     ("clipped_loss", no_gradient, "no gradient"),
     ("clipped_loss", a_number, "type"),
     ("clipped_loss", both_move, "no gradient flows"),

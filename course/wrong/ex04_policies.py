@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 4 and the feedback that each must get."""
+"""Incorrect answers to exercise 4 and the feedback that each must get."""
 
 import minibupo
 from minibupo import Policy
@@ -16,6 +16,20 @@ def normed_at_the_top(model, tokens, l):
 def one_below(model, tokens, l):
     states = [model.embed(tokens), *(trace.resid_pre for trace in model.trace(tokens))]
     return model.unembed(states[l])
+
+
+def stream_before_the_layer(model, tokens, l):
+    return model.unembed(list(model.trace(tokens))[l - 1].resid_pre)
+
+
+def from_the_list(model, tokens, l):
+    return model.unembed(list(model.trace(tokens))[l - 1].resid_post)
+
+
+def nothing_for_0(model, tokens, l):
+    for number, trace in enumerate(model.trace(tokens), 1):
+        if number == l:
+            return model.unembed(trace.resid_post)
 
 
 def one_above(model, tokens, l):
@@ -74,6 +88,22 @@ def module_from(attention, ffn):
     return module_logits
 
 
+def called_mlp(model, tokens, l, module):
+    trace = list(model.trace(tokens))[l - 1]
+    written = trace.attn_out
+    if module == "mlp":
+        written = trace.mlp_out
+    return model.unembed(written)
+
+
+def no_case_for_ffn(model, tokens, l, module):
+    trace = list(model.trace(tokens))[l - 1]
+    if module == "attention":
+        return model.unembed(trace.attn_out)
+    if module == "mlp":
+        return model.unembed(trace.mlp_out)
+
+
 def both_modules(model, tokens, l, module):
     trace = list(model.trace(tokens))[l - 1]
     return model.unembed(trace.resid_post - trace.resid_pre)
@@ -99,6 +129,9 @@ WRONG = [
     ("layer_logits", normed, "final norm"),
     ("layer_logits", normed_at_the_top, "norm at the top"),
     ("layer_logits", one_below, "layer below"),
+    ("layer_logits", stream_before_the_layer, "layer below"),
+    ("layer_logits", from_the_list, "last layer for 0"),
+    ("layer_logits", nothing_for_0, "returns None"),
     ("layer_logits", one_above, "layer above"),
     ("layer_logits", in_the_middle, "before the ffn"),
     ("layer_logits", what_it_adds, "write"),
@@ -114,6 +147,10 @@ WRONG = [
     ("module_logits", module_from("resid_mid", "resid_post"), "after the write"),
     ("module_logits", module_from("mlp_out", "attn_out"), "modules swapped"),
     ("module_logits", module_from("mlp_out", "mlp_out"), "always the ffn"),
+    ("module_logits", module_from("resid_mid", "mlp_out"), "stream for attention"),
+    ("module_logits", module_from("attn_out", "resid_post"), "stream for the ffn"),
+    ("module_logits", called_mlp, "always attention"),
+    ("module_logits", no_case_for_ffn, "returns None"),
     ("module_logits", both_modules, "whole layer"),
     ("module_logits", module_at(-1), "module below"),
     ("module_logits", module_at(1), "module above"),

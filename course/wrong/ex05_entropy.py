@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 5 and the feedback that each must get."""
+"""Incorrect answers to exercise 5 and the feedback that each must get."""
 
 import math
 
@@ -41,6 +41,16 @@ def no_pi(logits):
 def all_at_once(logits):
     log_pi = log_softmax(logits, -1)
     return -torch.nan_to_num(log_pi.exp() * log_pi).sum()
+
+
+def softmax_over_dim_0(logits):
+    log_pi = log_softmax(logits, 0)
+    return -torch.nan_to_num(log_pi.exp() * log_pi).sum(-1)
+
+
+def everything_over_dim_0(logits):
+    log_pi = log_softmax(logits, 0)
+    return -torch.nan_to_num(log_pi.exp() * log_pi).sum(0)
 
 
 def overflow(logits):
@@ -94,6 +104,25 @@ def written_normed(model, tokens):
     return torch.stack(rows)
 
 
+def normed(written, read):
+    def ffn_entropy_change(model, tokens):
+        def of(trace, name):
+            return good(model.unembed(model.final_norm(getattr(trace, name))))
+
+        return torch.stack([of(t, written) - of(t, read) for t in model.trace(tokens)])
+
+    return ffn_entropy_change
+
+
+def scaled(model, tokens):
+    rows = []
+    for trace in model.trace(tokens):
+        unit = torch.nn.functional.normalize(trace.mlp_out, dim=-1)
+        written = unit * trace.mlp_in.norm(dim=-1, keepdim=True)
+        rows.append(good(model.unembed(written)) - good(model.unembed(trace.mlp_in)))
+    return torch.stack(rows)
+
+
 def no_unembedding(model, tokens):
     return torch.stack([good(t.mlp_out) - good(t.mlp_in) for t in model.trace(tokens)])
 
@@ -114,6 +143,8 @@ WRONG = [
     ("entropy", share, "share of log V"),
     ("entropy", no_pi, "no pi"),
     ("entropy", all_at_once, "all at once"),
+    ("entropy", softmax_over_dim_0, "softmax over dim 0"),
+    ("entropy", everything_over_dim_0, "everything over dim 0"),
     ("entropy", overflow, "overflow"),
     ("entropy", zero_log_zero, "zero log zero"),
     ("entropy", minus_infinity, "minus infinity"),
@@ -124,6 +155,11 @@ WRONG = [
     ("ffn_entropy_change", change("mlp_out", "mlp_in", -1), "before minus after"),
     ("ffn_entropy_change", final_norm, "final norm"),
     ("ffn_entropy_change", written_normed, "written, normed"),
+    ("ffn_entropy_change", normed("mlp_out", "mlp_in"), "final norm on both"),
+    ("ffn_entropy_change", normed("mlp_out", "resid_mid"), "logit lens on both"),
+    ("ffn_entropy_change", normed("resid_post", "resid_mid"), "logit lens of the stream"),
+    ("ffn_entropy_change", scaled, "scaled"),
+    ("ffn_entropy_change", change("resid_post", "resid_mid"), "stream after and before"),
     ("ffn_entropy_change", nothing_subtracted, "no difference"),
     ("ffn_entropy_change", change("resid_post", "mlp_in"), "after the ffn"),
     ("ffn_entropy_change", change("resid_post", "resid_pre"), "dH of layers"),

@@ -1,97 +1,97 @@
-"""Wrong answers to exercise 6 and the feedback that each must get."""
+"""Incorrect answers to exercise 6 and the feedback that each must get."""
 
 import numpy as np
 
 import minibupo
 
 
-def raising(d_mlp):
-    return [l for l, d in enumerate(d_mlp[:-1], 1) if d > 0]
+def raising(dH_mlp):
+    return [l for l, d in enumerate(dH_mlp[:-1], 1) if d > 0]
 
 
-def found_or_error(d_mlp, choose):
-    if not raising(d_mlp):
+def found_or_error(dH_mlp, choose):
+    if not raising(dH_mlp):
         raise ValueError("no layer")
-    return choose(raising(d_mlp))
+    return choose(raising(dH_mlp))
 
 
-def with_the_top(d_mlp):
-    layers = [l for l, d in enumerate(d_mlp, 1) if d > 0]
+def with_the_top(dH_mlp):
+    layers = [l for l, d in enumerate(dH_mlp, 1) if d > 0]
     if not layers:
         raise ValueError("no layer")
     return layers[-1]
 
 
-def from_0(d_mlp):
-    return found_or_error(d_mlp, max) - 1
+def from_0(dH_mlp):
+    return found_or_error(dH_mlp, max) - 1
 
 
-def one_above(d_mlp):
-    return found_or_error(d_mlp, max) + 1
+def one_above(dH_mlp):
+    return found_or_error(dH_mlp, max) + 1
 
 
-def first(d_mlp):
-    return found_or_error(d_mlp, min)
+def first(dH_mlp):
+    return found_or_error(dH_mlp, min)
 
 
-def largest(d_mlp):
-    return found_or_error(d_mlp, lambda layers: int(np.argmax(d_mlp[:-1])) + 1)
+def largest(dH_mlp):
+    return found_or_error(dH_mlp, lambda layers: int(np.argmax(dH_mlp[:-1])) + 1)
 
 
-def first_dip(d_mlp):
+def first_dip(dH_mlp):
     l = 0
-    while l < len(d_mlp) - 1 and d_mlp[l] > 0:
+    while l < len(dH_mlp) - 1 and dH_mlp[l] > 0:
         l += 1
     if l == 0:
         raise ValueError("no layer")
     return l
 
 
-def zero(d_mlp):
-    layers = [l for l, d in enumerate(d_mlp[:-1], 1) if d >= 0]
+def zero(dH_mlp):
+    layers = [l for l, d in enumerate(dH_mlp[:-1], 1) if d >= 0]
     if not layers:
         raise ValueError("no layer")
     return layers[-1]
 
 
-def smallest(d_mlp):
-    return found_or_error(d_mlp, lambda layers: min(layers, key=lambda l: d_mlp[l - 1]))
+def smallest(dH_mlp):
+    return found_or_error(dH_mlp, lambda layers: min(layers, key=lambda l: dH_mlp[l - 1]))
 
 
-def narrows(d_mlp):
-    layers = [l for l, d in enumerate(d_mlp[:-1], 1) if d < 0]
+def narrows(dH_mlp):
+    layers = [l for l, d in enumerate(dH_mlp[:-1], 1) if d < 0]
     if not layers:
         raise ValueError("no layer")
     return layers[-1]
 
 
-def nothing(d_mlp):
-    for l in reversed(raising(d_mlp)):
+def nothing(dH_mlp):
+    for l in reversed(raising(dH_mlp)):
         return l
 
 
-def embedding(d_mlp):
-    return max(raising(d_mlp), default=0)
+def embedding(dH_mlp):
+    return max(raising(dH_mlp), default=0)
 
 
-def minus_one(d_mlp):
-    return max(raising(d_mlp), default=-1)
+def minus_one(dH_mlp):
+    return max(raising(dH_mlp), default=-1)
 
 
-def one_below_the_top(d_mlp):
-    return max(raising(d_mlp), default=len(d_mlp) - 1)
+def one_below_the_top(dH_mlp):
+    return max(raising(dH_mlp), default=len(dH_mlp) - 1)
 
 
-def index_error(d_mlp):
-    return raising(d_mlp)[-1]
+def index_error(dH_mlp):
+    return raising(dH_mlp)[-1]
 
 
-def library(d_mlp):
-    return minibupo.target_layer(d_mlp)
+def library(dH_mlp):
+    return minibupo.target_layer(dH_mlp)
 
 
-def a_fraction(d_mlp):
-    return float(found_or_error(d_mlp, max))
+def a_fraction(dH_mlp):
+    return float(found_or_error(dH_mlp, max))
 
 
 WRONG = [

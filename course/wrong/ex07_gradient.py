@@ -1,8 +1,8 @@
-"""Wrong answers to exercise 7, as tables, and the feedback that each must get."""
+"""Incorrect answers to exercise 7, as tables, and the feedback that each must get."""
 
 
 def table(pi_theta, layer_2, attn_2, ffn_3, tied):
-    """Five columns, each a text of 0s and 1s from the embedding down to E_u."""
+    """Return a table from five columns, each a text of 0s and 1s from the embedding to E_u."""
     names = ["embedding", "absent"]
     names += [f"{module} {l}" for l in (1, 2, 3, 4) for module in ("attn", "ffn")]
     names += ["final norm", "E_u"]
@@ -17,7 +17,7 @@ RIGHT = ["101111111111", "101111000001", "101110000001", "101111110001", "111111
 
 
 def changed(**columns):
-    """The right table with some columns replaced, c0 to c4."""
+    """Return the correct table with some columns replaced, c0 to c4."""
     return table(*(columns.get(f"c{i}", column) for i, column in enumerate(RIGHT)))
 
 

@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 8 and the feedback that each must get."""
+"""Incorrect answers to exercise 8 and the feedback that each must get."""
 
 import torch
 
@@ -7,8 +7,9 @@ from minibupo import FULL, group_advantages, policy_loss, response_mask, token_l
 
 
 def improve(model, optimizer, rollouts, policy, mistake=None):
-    """An improvement with one line of it written differently."""
-    tokens, (Q, G) = rollouts.tokens, rollouts.rewards.shape
+    """Improve a policy on one batch, with one mistake or none."""
+    tokens = rollouts.tokens
+    Q, G = rollouts.rewards.shape
     mask = response_mask(rollouts.prompt_len, rollouts.end, tokens.shape[1])
     if mistake == "no eos":
         mask = response_mask(rollouts.prompt_len, rollouts.end - 1, tokens.shape[1])
@@ -20,8 +21,8 @@ def improve(model, optimizer, rollouts, policy, mistake=None):
     if mistake == "rewards":
         advantages = rollouts.rewards.flatten()
     with torch.set_grad_enabled(mistake == "old has a graph"):
-        under = FULL if mistake == "pi_theta below" else policy
-        old_logp = token_logprobs(model, tokens, mask, under)
+        old_policy = FULL if mistake == "pi_theta below" else policy
+        old_logp = token_logprobs(model, tokens, mask, old_policy)
     parts = 1 if mistake == "one mini-batch" else 4
     if mistake != "never zeroed":
         optimizer.zero_grad()
@@ -30,8 +31,8 @@ def improve(model, optimizer, rollouts, policy, mistake=None):
         if mistake == "ratio 1":
             with torch.no_grad():
                 old = token_logprobs(model, tokens[rows], mask[rows], policy)
-        over = FULL if mistake == "pi_theta above" else policy
-        loss, _ = policy_loss(model, tokens[rows], old, advantages[rows], mask[rows], over)
+        new_policy = FULL if mistake == "pi_theta above" else policy
+        loss, _ = policy_loss(model, tokens[rows], old, advantages[rows], mask[rows], new_policy)
         if mistake not in ("never zeroed", "zeroed once", "summed up"):
             optimizer.zero_grad()
         (-loss if mistake == "uphill" else loss).backward()
@@ -52,7 +53,7 @@ def with_mistake(mistake):
 
 
 def with_phase(choose):
-    """choose(step, s_inter): whether this step is phase 1."""
+    """Return bupo with choose(step, s_inter), which says whether a step is in phase 1."""
 
     def bupo(model, optimizer, sample, target, s_inter, steps):
         for step in range(1, steps + 1):
@@ -74,8 +75,8 @@ def sampled_once(model, optimizer, sample, target, s_inter, steps):
 
 
 def library(model, optimizer, sample, target, s_inter, steps):
-    for _ in minibupo.bupo(model, optimizer, sample, target, s_inter, steps):
-        pass
+    for step, policy in minibupo.phases(optimizer, target, s_inter, steps):
+        improve(model, optimizer, sample(step), policy)
 
 
 def half_library(model, optimizer, sample, target, s_inter, steps):

@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 9 and the feedback that each must get."""
+"""Incorrect answers to exercise 9 and the feedback that each must get."""
 
 import torch
 
@@ -9,16 +9,18 @@ from minibupo import FULL, Policy, policy_logits
 S = train_toy.Settings()
 
 
-def right_ones(policy, problems, samples):
-    """A table (problems, samples) of truth values."""
-    sampled = train_toy.respond(policy, S, problems, samples, torch.Generator().manual_seed(5))
-    texts = train_toy.responses(sampled)
-    right = [train_toy.is_right(problems[i // samples], text) for i, text in enumerate(texts)]
-    return torch.tensor(right).view(-1, samples).float()
+def judged(policy, problems, samples):
+    """Return a table (problems, samples): 1 for a correct answer, otherwise 0."""
+    sampled = train_toy.sample_responses(
+        policy, S, problems, samples, torch.Generator().manual_seed(5)
+    )
+    texts = train_toy.response_texts(sampled)
+    correct = [train_toy.is_correct(problems[i // samples], text) for i, text in enumerate(texts)]
+    return torch.tensor(correct).view(-1, samples).float()
 
 
 def share(policy, problems, samples):
-    return right_ones(policy, problems, samples).mean().item()
+    return judged(policy, problems, samples).mean().item()
 
 
 def layers(model):
@@ -28,7 +30,7 @@ def layers(model):
 def logit_lens(model, problems, samples):
     found = []
     for policy in layers(model):
-        policy._modules["final_norm"] = model.final_norm
+        policy.final_norm = model.final_norm
         found.append(share(policy, problems, samples))
     return [*found, share(model, problems, samples)]
 
@@ -42,8 +44,8 @@ def greedy(model, problems, samples):
     found = []
     for policy in [*layers(model), model]:
         options = dict(prompt_len=length, temperature=0, eos_id=train_toy.EOS)
-        texts = train_toy.responses(policy.generate(prompts, S.response_limit, **options))
-        found.append(sum(map(train_toy.is_right, problems, texts)) / len(problems))
+        texts = train_toy.response_texts(policy.generate(prompts, S.response_limit, **options))
+        found.append(sum(map(train_toy.is_correct, problems, texts)) / len(problems))
     return found
 
 
@@ -62,14 +64,16 @@ def percent(model, problems, samples):
 def other_problems(model, problems, samples):
     found = []
     for policy in [*layers(model), model]:
-        sampled = train_toy.respond(policy, S, problems, samples, torch.Generator().manual_seed(5))
-        pairs = zip(problems * samples, train_toy.responses(sampled))
-        found.append(sum(train_toy.is_right(*pair) for pair in pairs) / len(problems) / samples)
+        sampled = train_toy.sample_responses(
+            policy, S, problems, samples, torch.Generator().manual_seed(5)
+        )
+        pairs = zip(problems * samples, train_toy.response_texts(sampled))
+        found.append(sum(train_toy.is_correct(*pair) for pair in pairs) / len(problems) / samples)
     return found
 
 
 def one_right(model, problems, samples):
-    tables = [right_ones(policy, problems, samples) for policy in [*layers(model), model]]
+    tables = [judged(policy, problems, samples) for policy in [*layers(model), model]]
     return [float(table.amax(1).mean()) for table in tables]
 
 

@@ -1,4 +1,4 @@
-"""Wrong answers to exercise 10 and the feedback that each must get."""
+"""Incorrect answers to exercise 10 and the feedback that each must get."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def no_root_of_n(differences):
     return np.mean(differences), T95[len(differences)] * np.std(differences, ddof=1)
 
 
-def normal(differences):
+def of_a_normal_distribution(differences):
     n = len(differences)
     return np.mean(differences), 1.96 * np.std(differences, ddof=1) / np.sqrt(n)
 
@@ -49,50 +49,45 @@ def bounds(differences):
     return mean - half(differences), mean + half(differences)
 
 
-def not_a_generator(model, optimizer, sample, steps):
-    for step in range(1, steps + 1):
-        minibupo.update(model, optimizer, sample(step))
+def yields(model, optimizer, rollouts, step):
+    yield minibupo.update(model, optimizer, rollouts, Policy(3))
 
 
-def stopped(model, optimizer, sample, steps):
-    yield from minibupo.bupo(model, optimizer, sample, Policy(model.n_layer + 1), 3, steps)
+def of_three_arguments(model, optimizer, sample):
+    minibupo.update(model, optimizer, sample(1), Policy(3))
 
 
-def grpo_again(model, optimizer, sample, steps):
-    for step in range(1, steps + 1):
-        yield minibupo.update(model, optimizer, sample(step))
+def above_the_top(model, optimizer, rollouts, step):
+    minibupo.update(model, optimizer, rollouts, Policy(model.n_layer + 1))
 
 
-def phases_from_1(model, optimizer, sample, steps):
-    yield from minibupo.bupo(model, optimizer, sample, Policy(3), 3, 3)
-    yield from minibupo.bupo(model, optimizer, sample, Policy(4), 3, steps)
+def grpo_again(model, optimizer, rollouts, step):
+    minibupo.update(model, optimizer, rollouts, minibupo.FULL)
 
 
-def no_training(model, optimizer, sample, steps):
-    for step in range(1, steps + 1):
-        yield sample(step)
+def no_training(model, optimizer, rollouts, step):
+    return rollouts.rewards.mean()
 
 
-def to_infinity(model, optimizer, sample, steps):
-    for step in range(1, steps + 1):
-        yield sample(step)
-    with torch.no_grad():
-        model.final_norm.weight.mul_(float("inf"))
+def to_infinity(model, optimizer, rollouts, step):
+    if step == 20:
+        with torch.no_grad():
+            model.final_norm.weight.mul_(float("inf"))
 
 
 WRONG = [
     ("interval", no_root_of_n, "no root of n"),
-    ("interval", normal, "1.96"),
+    ("interval", of_a_normal_distribution, "1.96"),
     ("interval", one_error, "no t"),
     ("interval", biased, "biased"),
     ("interval", divided_by_n, "divided by n"),
     ("interval", half, "type"),
     ("interval", whole, "whole width"),
     ("interval", bounds, "bounds"),
-    ("variant", not_a_generator, "no generator"),
-    ("variant", stopped, "exception"),
+    ("variant", yields, "generator"),
+    ("variant", of_three_arguments, "arguments"),
+    ("variant", above_the_top, "exception"),
     ("variant", grpo_again, "no variant"),
-    ("variant", phases_from_1, "steps"),
     ("variant", no_training, "no training"),
     ("variant", to_infinity, "not finite"),
 ]
@@ -100,7 +95,8 @@ WRONG = [
 GOOD = (Path(__file__).parent.parent / "solutions" / "report.md").read_text(encoding="utf-8")
 EMPTY = (Path(__file__).parent.parent / "report_template.md").read_text(encoding="utf-8")
 SECTIONS = GOOD.split("\n## ")
-VAGUE, NO_INTERVAL = list(SECTIONS), list(SECTIONS)
+VAGUE = list(SECTIONS)
+NO_INTERVAL = list(SECTIONS)
 VAGUE[2] = "Prediction\n\nIt will help.\n"
 NO_INTERVAL[4] = "Result\n\nThe variant is 2.0 points better.\n"
 
