@@ -397,6 +397,13 @@ PAD_NOTE = (
 def lens(subject: Subject, prompt=None, text=None):
     """Write what each internal policy would say next: lens.png of the chosen checkpoint, and
     lens.html of all checkpoints."""
+    page = lens_data(subject, prompt, text)
+    save(subject.folder / "lens.html", web_page("lens.html", page))
+    save(subject.folder / "lens.png", draw_lens(page, subject.checkpoint))
+
+
+def lens_data(subject: Subject, prompt=None, text=None) -> dict:
+    """Return everything that the lens shows, of all checkpoints."""
     model = subject.load()
     tokens, mask = tokens_to_look_at(subject, model, prompt, text)
     tokens = tokens[:1]
@@ -408,7 +415,7 @@ def lens(subject: Subject, prompt=None, text=None):
         name: lens_cells(subject.load(name), tokens, mask, word) for name in subject.checkpoints
     }
 
-    page = {
+    return {
         "prompt": "".join(words[: positions[0] + 1]),
         "tokens": [words[t] for t in positions],
         "next_tokens": [words[t + 1] for t in positions],
@@ -416,8 +423,6 @@ def lens(subject: Subject, prompt=None, text=None):
         "log_vocab": math.log(model.vocab_size),
         "note": PAD_NOTE if '"<pad>"' in json.dumps(cells) else "",
     }
-    save(subject.folder / "lens.html", web_page("lens.html", page))
-    save(subject.folder / "lens.png", draw_lens(page, subject.checkpoint))
 
 
 @torch.no_grad()
@@ -468,34 +473,40 @@ def web_page(name: str, data: dict) -> str:
 
 
 @styled
-def draw_lens(page: dict, checkpoint: str) -> Figure:
-    """Return a picture of one checkpoint's page: the likeliest token by layer and position."""
-    sites = page["checkpoints"][checkpoint]["raw"]
-    L = len(sites["mlp_out"])
+def draw_lens(page: dict, checkpoint: str, sites=SITES) -> Figure:
+    """Return a picture of one checkpoint: the likeliest token by layer and position.
+
+    It has a panel for the policies of each of `sites`.
+    """
+    cells = {site: page["checkpoints"][checkpoint]["raw"][site] for site in sites}
+    L = len(page["checkpoints"][checkpoint]["raw"]["mlp_out"])
     M = len(page["next_tokens"])
-    column = (
-        0.4 if page["log_vocab"] < 4 else 0.55
-    )  # inches: the words of a language model are wider
-    figure = Figure(figsize=(max(WIDTH, column * M + 1), 0.6 * L + 2))
-    axes = figure.subplots(3, sharex=True, height_ratios=(L + 1, L, L))
+    # in inches; the words of a language model are wider
+    column = 0.4 if page["log_vocab"] < 4 else 0.55
+    heights = [len(rows) for rows in cells.values()]
+    figure = Figure(figsize=(max(WIDTH, column * M + 1), 0.2 * sum(heights) + 2))
+    axes = figure.subplots(len(sites), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     prompt = shortened(page["prompt"], 60)
     title = f"What each internal policy would say next ({checkpoint}), after {prompt}"
     figure.suptitle(title, size=9, parse_math=False)
-    titles = (
-        "policy of the stream, $H^l$",
-        "policy of attention, $A^l$",
-        "policy of the FFN, $F^l$",
-    )
-    for ax, site, title in zip(axes, SITES, titles):
-        image = draw_cells(ax, sites[site], page["next_tokens"], page["log_vocab"])
-        first = L + 1 - len(sites[site])  # 0 for the stream, which has H^0
+    titles = {
+        "resid_post": "policy of the stream, $H^l$",
+        "attn_out": "policy of attention, $A^l$",
+        "mlp_out": "policy of the FFN, $F^l$",
+    }
+    for ax, (site, rows) in zip(axes, cells.items()):
+        image = draw_cells(ax, rows, page["next_tokens"], page["log_vocab"])
+        first = L + 1 - len(rows)  # 0 for the stream, which has H^0
         ax.set_yticks(range(L + 1 - first), [l or "emb." for l in range(first, L + 1)])
-        ax.set(ylabel="layer", title=title)
+        ax.set(ylabel="layer", title=titles[site])
         ax.tick_params(length=0)
-    axes[2].set_xticks(range(M), page["next_tokens"], parse_math=False)
-    axes[2].set_xlabel("token that follows in the response (bold if the policy finds it likeliest)")
+    axes[-1].set_xticks(range(M), page["next_tokens"], parse_math=False)
+    axes[-1].set_xlabel(
+        "token that follows in the response (bold if the policy finds it likeliest)"
+    )
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
-    if page["note"]:
+    likeliest = [cell[1][0] for rows in cells.values() for row in rows for cell in row]
+    if "<pad>" in likeliest:
         figure.supxlabel(page["note"], size=6, color=GREY)
     return figure
 

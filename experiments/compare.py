@@ -133,9 +133,12 @@ def draw_training(groups: dict) -> dict:
         for ax, title in zip(axes, panels):
             for i, (label, trainings) in enumerate(read.items()):
                 x, mean, std = over_seeds([training[name][title] for training in trainings])
-                marker = "o" if len(x) <= 20 else ""  # shows where a curve was measured
-                ax.plot(x, mean, color=f"C{i}", marker=marker, ms=3, label=label)
-                ax.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
+                style = dict(color=f"C{i}", label=label)
+                if len(x) <= 5:  # a line between so few points would show what was not measured
+                    ax.errorbar(x, mean, std, fmt="o", ms=4, capsize=3, **style)
+                else:
+                    ax.plot(x, mean, marker="o" if len(x) <= 20 else "", ms=3, **style)
+                    ax.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
                 s_inter = groups[label][0].settings.s_inter
                 if s_inter:
                     ax.axvline(s_inter + 0.5, color=f"C{i}", linewidth=0.8, linestyle=":")

@@ -134,16 +134,16 @@ def of_seeds() -> int:
     """Draw the figures of analyze.py and compare.py for the runs of seeds.py. Return 0, or 2."""
     with tempfile.TemporaryDirectory() as scratch:
         out = ["--out", scratch]
-        failed = (
-            analyze.main(["entropy", RUNS[0], *out])
-            or analyze.main(["lens", RUNS[0], "4+4+4+2*8=", *out])
-            or compare.main([*RUNS, "--make", "training", *out])
+        failed = analyze.main(["entropy", RUNS[0], *out]) or compare.main(
+            [*RUNS, "--make", "training", *out]
         )
         if failed:
             print("figures: run python -m experiments.seeds first", file=sys.stderr)
             return 2
-        for name in ("entropy_flow.png", "lens.png", "dynamics.png"):
+        for name in ("entropy_flow.png", "dynamics.png"):
             shutil.move(Path(scratch) / name, common.FIGURES / name)
+    page = analyze.lens_data(analyze.Run(RUNS[0], "final"), "4+4+4+2*8=")
+    save(analyze.draw_lens(page, "final", sites=["resid_post"]), "lens.png")
     return 0
 
 
