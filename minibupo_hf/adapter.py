@@ -3,9 +3,11 @@
     truncated(lm, layer)   inside this `with`, lm is its own internal policy softmax(H^layer E_u^T)
     HFModel(lm)            the interface that minibupo.py states, for a model of transformers
     load(source)           an HFModel and its tokenizer from a hub name, a directory or a GGUF file
+    encode_chat(...)       token ids of a prompt and a response, and where the response begins
 
 Nothing is rewritten: the blocks that run are transformers' own. HFModel compares the parts with the
-whole model by numbers when it is made. So an untried model comes out exact, or it is refused.
+whole model by numbers when it is made. So an untried model comes out exact, or it is refused. The
+same holds for files and texts: what would be read as something else is refused.
 """
 
 import copy
@@ -399,22 +401,26 @@ def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, *
     path = Path(source)
     try:
         import transformers
+        from transformers.utils import find_adapter_config_file
 
         if path.suffix == ".gguf":
             import gguf  # noqa: F401 - transformers reads such a file with it
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[hf]"') from None
+    file = {"revision": revision, "trust_remote_code": trust_remote_code}
+    adapter = partial(_load_adapter, str(source), dtype, **file, **options)
     try:
         if path.suffix == ".gguf":
             file = {"gguf_file": path.name}
             source = str(path.parent)
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
-        elif transformers.utils.find_adapter_config_file(str(source), revision=revision):
-            return _load_adapter(str(source), dtype, revision, trust_remote_code, **options)
-        else:
-            file = {"revision": revision, "trust_remote_code": trust_remote_code}
+        elif (path / "adapter_config.json").exists():
+            return adapter()
         tokenizer = _load_tokenizer(source, **file)
+        # asked of the hub only now that it has answered: without a network it tries for long
+        if not path.exists() and find_adapter_config_file(str(source), revision=revision):
+            return adapter()
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
         _refuse_keys(report["missing_keys"], report["unexpected_keys"])
@@ -425,13 +431,13 @@ def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, *
     return lm, tokenizer
 
 
-def _load_adapter(source: str, dtype: str, revision: str, trust_remote_code: bool, **options):
+def _load_adapter(source: str, dtype: str, revision: str, **options):
     """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
     import peft
 
     config = peft.PeftConfig.from_pretrained(source, revision=revision)
     base = config.base_model_name_or_path
-    lm, tokenizer = load_lm(base, dtype, config.revision or "main", trust_remote_code, **options)
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", **options)
     given = {"is_trainable": True, "revision": revision}
     lm = peft.PeftModel.from_pretrained(lm, source, **given)
     report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
@@ -494,7 +500,7 @@ def _check_gguf(path: Path, lm):
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # Gemma 3 has one for each kind of attention
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    eps = next(value for name, value in config.to_dict().items() if "eps" in name)
+    eps = next((value for name, value in config.to_dict().items() if "eps" in name), None)
     known = {
         "attention.causal": True,
         "attention.key_length": head_dim,
@@ -509,14 +515,16 @@ def _check_gguf(path: Path, lm):
     }
     for name, field in reader.fields.items():
         key = name.removeprefix(prefix)
-        if name.startswith(prefix) and key not in GGUF_READ:
-            value = field.contents()
-            exact = value == known.get(key)
-            close = isinstance(value, float) and math.isclose(
-                value, known.get(key, 0), rel_tol=1e-6
-            )
-            if not exact and not close:
-                raise ValueError(f"it says {name} = {value}, which transformers does not read")
+        if not name.startswith(prefix) or key in GGUF_READ:
+            continue
+        value = field.contents()
+        read = known.get(key)
+        if isinstance(value, float) and read is not None:  # the file has numbers in float32
+            same = math.isclose(value, read, rel_tol=1e-6)
+        else:
+            same = value == read
+        if not same:
+            raise ValueError(f"it says {name} = {value}, which transformers does not read")
     given = sum(tensor.n_elements for tensor in reader.tensors)
     places = sum(p.numel() for p in lm.parameters())
     if given != places:

@@ -54,8 +54,8 @@ class NoLayerError(ValueError):
 
 @dataclass
 class BuPOConfig(GRPOConfig):
-    """GRPOConfig with the two settings of phase 1. Raises ValueError for options that phase 1
-    cannot work with."""
+    """GRPOConfig with the two settings of phase 1. Raises ValueError for options that do not go
+    together, or out of their range."""
 
     bupo_layer: int | None = field(
         default=None,
@@ -160,6 +160,8 @@ class BuPOTrainer(GRPOTrainer):
         needed = self.args.generation_batch_size // self.num_generations
         if prompts < needed:
             raise ValueError(f"a batch of rollouts needs {needed} prompts, there are {prompts}")
+        if self.args.bupo_steps and self.args.n_gpu > 1:
+            raise ValueError("start one process for each GPU, by torchrun or accelerate launch")
         uses = self.args.steps_per_generation * self.num_iterations  # of a batch of rollouts
         self.phase_1 = self.args.bupo_steps * uses
         self.epoch = prompts // needed * uses
@@ -193,9 +195,10 @@ class BuPOTrainer(GRPOTrainer):
 
     def _begin_batch(self):
         """Set the phase of the batch of rollouts that comes next."""
-        done = self._step  # mini-batches, of this run and the runs that it resumes
+        done = self._step  # mini-batches, of this run and of those that it resumes
+        first_of_phase_2 = done == self.phase_1
         self.phase = 1 if done < self.phase_1 else 2
-        if done == self.phase_1:
+        if first_of_phase_2:
             # As in minibupo.phases: moments that remember phase 1's larger gradient make the first
             # steps of phase 2 too small.
             self.optimizer.state.clear()

@@ -195,7 +195,7 @@ def make_trainer(argv):
         attn_implementation=model.attn_implementation,
     )
     check_tokenizer(tokenizer, lm.get_input_embeddings().num_embeddings)
-    sizes = (context_length(lm.get_decoder().config), config.max_completion_length or 0)
+    sizes = (context_length(lm.config.get_text_config()), config.max_completion_length or 0)
     for data in (train, held_out):
         if data is not None and task.dataset_name:
             check_prompts(tokenizer, data["prompt"], *sizes)

@@ -462,8 +462,8 @@ BAD_INPUT = """all nowhere: there is no directory nowhere here
 step RUN 7+5= --responses 1 2 --rewards 1 0 --layer 4: layer must be in
 sample RUN 7+5= --layer 4: layer must be in 1..3, not 4
 entropy RUN/..: config.json
-entropy RUN/base.pt: is a file; a run is named by its directory, RUN
-lens RUN/config.json 7+5=: is a file; a run is named by its directory, RUN
+entropy RUN/base.pt: is a file; a run or a language model is named by its directory, RUN
+lens RUN/config.json 7+5=: is a file; a run or a language model is named by its directory, RUN
 entropy RUN --out RUN/config.json: --out RUN/config.json is not a directory
 entropy RUN --device abacus: device abacus
 writes RUN --checkpoint phase1: RUN/phase1.pt is missing; the checkpoints of this run are: base, final

@@ -12,6 +12,7 @@ for package in ("transformers", "trl", "datasets", "peft", "gguf"):
     pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[hf]"')
 
 import gguf
+import peft
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
@@ -195,6 +196,11 @@ def test_gguf(tmp_path, monkeypatch):
     assert torch.equal(ours, theirs)
     found.save_pretrained(tmp_path / "saved")  # transformers refuses to save a quantised model
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(found, lora).save_pretrained(tmp_path / "adapter")
+    assert torch.equal(
+        load(tmp_path / "adapter")[0](TOKENS), load(tmp_path / "qwen.gguf")[0](TOKENS)
+    )
     monkeypatch.setattr(language_models, "CACHE", tmp_path)
     with pytest.raises(ValueError, match="has SHA-256 .*: delete it and fetch it"):
         language_models.fetch("qwen")
