@@ -159,13 +159,7 @@ def train_small(function):
     if inspect.isgeneratorfunction(function):
         says = "your bupo has a yield, so a call of it runs nothing; write a plain loop"
         raise Wrong("generator", says)
-    try:
-        seen, asked = by_steps(function)
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        says = "The second backward meets the graph of the first: old_logp must be a constant, so "
-        raise Wrong("old has a graph", says + "compute it under torch.no_grad().") from None
+    seen, asked = by_steps(function)
     if asked == list(range(STEPS)):
         raise Wrong("from 0", "your steps count from 0; sample(step) expects 1, 2, .., steps")
     if asked != list(range(1, STEPS + 1)):
