@@ -197,20 +197,3 @@ def test_the_verdict_says_what_was_computed(committed):
         mean, half = numbers(rows[name].replace("+-", " "))[:2]
         text = f"{sign * mean:+.1f} ± {half}" if sign > 0 else f" {sign * mean:.1f} ± {half}"
         assert text in verdict, name
-
-
-def test_numbers_are_those_of_the_readme(committed):
-    """README and notebook have the same numbers for the seed-0 base model."""
-    readme = (LECTURE.parent.parent / "README.md").read_text(encoding="utf-8")
-    text = "\n".join(map(printed, code_cells(committed)))
-    row = re.search(r"^ +5 +(0\.\d{3} .*)$", readme, re.M)[1]  # the first table, before RL
-    correct, _, correct_lines, passed, _ = numbers(row)
-    measures = {"answer correct": correct, "all lines correct": correct_lines}
-    for name, value in {**measures, "one of 8 correct": passed}.items():
-        [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        assert numbers(line.removeprefix(name))[0] == pytest.approx(100 * value, abs=0.06)
-    layers = re.findall(r"^    [1-6] +(-?\d\.\d\d) +(-?\d\.\d\d)(.*)", readme, re.M)
-    [raw] = [line for line in text.splitlines() if re.match(r"raw +\d\.\d\d( +\d\.\d\d){6}$", line)]
-    assert numbers(raw)[1:] == [float(entropy) for entropy, _, _ in layers]
-    [dH_ffn] = [line for line in text.splitlines() if line.startswith("against what the FFN reads")]
-    assert numbers(dH_ffn)[:6] == [numbers(rest)[1] for _, _, rest in layers]
