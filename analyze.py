@@ -5,12 +5,13 @@
     python analyze.py writes RUN                the same and cosines of writes (Appendix B.2)
     python analyze.py dynamics RUN              training (Fig. 4, 7) and feature refinement (Fig. 5)
     python analyze.py lens RUN "7+5*3-2="       what each internal policy would say next
+    python analyze.py live RUN [OTHER_RUN]      a page in which the policies answer what you type
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers sampled from an internal policy
     python analyze.py step RUN                  one update as a table, token by token
 
-Every command except `all` and `dynamics` also accepts a language model in place of RUN: a name on
-the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file. This needs the
-extra `hf`. In Python, each command is a function of the same name, and `all` is `everything`:
+Every command except `all`, `dynamics` and `live` also accepts a language model in place of RUN: a
+name on the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file. This needs
+the extra `hf`. In Python, each command is a function of the same name, and `all` is `everything`:
 
     run = analyze.Run("out/bupo-seed0", checkpoint="final")
     analyze.lens(run, "7+5*3-2=")
@@ -20,6 +21,7 @@ of the embedding, before the first layer.
 """
 
 import argparse
+import base64
 import copy
 import io
 import json
@@ -27,6 +29,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +69,7 @@ STYLE = [
 styled = style.context(STYLE)  # a decorator: figures made inside the function have this style
 
 CHECKPOINTS = {"base": "base.pt", "phase1": "phase1.pt", "final": "ckpt.pt"}
+ALGORITHMS = {"bupo": "BuPO", "grpo": "GRPO"}
 AVERAGE = f"avg@{toy.SAMPLES}"
 EXAMPLE = "7+5*3-2="  # the prompt of `sample`, if none is given
 ANSWER_TOKENS = 48  # the most tokens that a language model may answer with
@@ -412,7 +416,7 @@ def lens(subject: Subject, prompt=None, text=None):
         "log_vocab": math.log(model.vocab_size),
         "note": PAD_NOTE if '"<pad>"' in json.dumps(cells) else "",
     }
-    save(subject.folder / "lens.html", lens_page(page))
+    save(subject.folder / "lens.html", web_page("lens.html", page))
     save(subject.folder / "lens.png", draw_lens(page, subject.checkpoint))
 
 
@@ -443,12 +447,24 @@ def lens_cells(model, tokens, mask, word) -> dict:
     }
 
 
-def lens_page(page: dict) -> str:
-    """Return the web page that shows these data."""
-    template = Path(__file__).parent / "minibupo_pages" / "lens.html"
+def web_page(name: str, data: dict) -> str:
+    """Return a page of minibupo_pages in one piece, with its scripts, its style and its data."""
+    folder = Path(__file__).parent / "minibupo_pages"
+
+    def read(file: str) -> str:
+        return (folder / file).read_text(encoding="utf-8")
+
+    def script(match) -> str:
+        return f"<script>\n{read(match[1])}</script>"
+
+    def style_sheet(match) -> str:
+        return f"<style>\n{read(match[1])}</style>"
+
+    page = re.sub(r'<script src="(.+?)"></script>', script, read(name))
+    page = re.sub(r'<link rel="stylesheet" href="(.+?)">', style_sheet, page)
     # "<" becomes an escape, so that no token can end the script element that holds the data
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
-    return template.read_text(encoding="utf-8").replace("DATA", data)
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return page.replace("DATA", text)
 
 
 @styled
@@ -507,6 +523,117 @@ def draw_cells(ax, rows: list, next_tokens: list[str], log_vocab: float):
 def shortened(text: str, length: int) -> str:
     """Return the text, cut and ended by a mark if it is longer than this."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# ---- live --------------------------------------------------------------------------------------
+
+
+def live(run: Run, other=None):
+    """Write live.html, a page in which the policies of a run answer what the reader types.
+
+    The page holds the checkpoints of the run, and the final model of another run if its directory
+    `other` is given. Weights are rounded to float16. Raise ValueError if the models have different
+    sizes.
+    """
+    target = run.target_policy().layer
+    other = None if other is None else Run(other, "final", "cpu")
+    models = live_models(run, other)
+    labels = live_labels(run, other)
+    rounded = {key: rounded_to_float16(model) for key, model in models.items()}
+    note = rounding_note(run, models, rounded)
+    base = rounded["base"]
+    page = {
+        "words": [run.decode([token]) for token in range(base.vocab_size)],
+        "eos": run.eos_id,
+        "limit": run.response_limit,
+        "results": operation_table(),
+        "target": target if run.settings.s_inter > 0 else None,
+        "rounded": note,
+        "config": asdict(base.cfg),
+        "sizes": [[name, weight.numel()] for name, weight in base.named_parameters()],
+        "checkpoints": [
+            {"key": key, "label": labels[key], "weights": float16_text(model)}
+            for key, model in rounded.items()
+        ],
+    }
+    text = web_page("live.html", page)
+    print(f"{note}\n{len(text) / 1e6:.1f} MB")
+    save(run.folder / "live.html", text)
+
+
+def live_models(run: Run, other: Run | None) -> dict:
+    """Return {key: model} of all models of the page, in the order of its slider."""
+    names = [name for name in CHECKPOINTS if name in run.checkpoints or name == "base"]
+    models = {name: run.load(name).cpu() for name in names}
+    if other is not None:
+        models["other"] = other.load()
+        if models["other"].cfg != models["base"].cfg:
+            raise ValueError(f"the models of {other.path} and {run.path} have different sizes")
+    return models
+
+
+def live_labels(run: Run, other: Run | None) -> dict:
+    """Return {key: what the page calls this model}."""
+    algorithm = ALGORITHMS[run.settings.algo]
+    labels = {
+        "base": "base",
+        "phase1": f"{algorithm}, after phase 1",
+        "final": f"{algorithm}, final",
+    }
+    if other is not None:
+        labels["other"] = f"{ALGORITHMS[other.settings.algo]}, final"
+        if labels["other"] == labels["final"]:
+            labels["other"] += f" ({other.path.name})"
+    return labels
+
+
+def operation_table() -> dict:
+    """Return {operator: text} whose character 10 a + b is the result for the digits a and b."""
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    return {
+        operator: "".join(toy.careful(f"{a}{operator}{b}")[-1] for a, b in pairs)
+        for operator in toy.OPERATORS
+    }
+
+
+def rounded_to_float16(model):
+    """Return a copy whose weights are rounded to float16. Raise ValueError if one is too large."""
+    rounded = copy.deepcopy(model)
+    for name, weight in rounded.named_parameters():
+        weight.data = weight.data.half().float()
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} has a value that float16 does not have")
+    return rounded
+
+
+def float16_text(model) -> str:
+    """Return all weights one after another as float16, little-endian, in base64."""
+    weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+    return base64.b64encode(weights.numpy().astype("<f2").tobytes()).decode()
+
+
+@torch.no_grad()
+def rounding_note(run: Run, models: dict, rounded: dict) -> str:
+    """Return a text that says how often rounding changes the likeliest token of a policy."""
+    L = models["base"].n_layer
+    internal = [Policy(layer, site) for site in SITES for layer in range(1, L + 1)]
+    changed = {"pi_theta": [], "internal": []}
+    for key, model in models.items():
+        tokens, mask = run.own_text(model)
+        for policy in (FULL, *internal):
+            before = minibupo.policy_logits(model, tokens[:, :-1], policy, mask).argmax(-1)
+            after = minibupo.policy_logits(rounded[key], tokens[:, :-1], policy, mask).argmax(-1)
+            changed["pi_theta" if policy == FULL else "internal"].append(before != after)
+
+    shares = {}
+    for name, parts in changed.items():
+        differs = torch.cat(parts)
+        shares[name] = f"{differs.sum():,} of {len(differs):,} times ({differs.float().mean():.2%})"
+    return (
+        "The weights are rounded to float16. On the models' own solutions of held-out problems, "
+        f"this changes the likeliest token of pi_theta {shares['pi_theta']}, and that of an "
+        f"internal policy {shares['internal']}."
+    )
 
 
 # ---- sample ------------------------------------------------------------------------------------
@@ -747,10 +874,11 @@ COMMANDS = {
     "writes": writes,
     "dynamics": dynamics,
     "lens": lens,
+    "live": live,
     "sample": sample,
     "step": step,
 }
-OF_A_RUN = ("all", "dynamics")  # commands that a language model does not have
+OF_A_RUN = ("all", "dynamics", "live")  # commands that a language model does not have
 OF_THE_FINAL_MODEL = ("lens", "sample")  # the others look at the base by default
 
 
@@ -776,6 +904,10 @@ def make_parser() -> tuple[Parser, dict]:
         add = commands.add_parser(name, description=summary, allow_abbrev=False).add_argument
         if name in OF_A_RUN:
             add("source", metavar="RUN", help="directory of a run")
+            if name == "live":
+                add(
+                    "other", nargs="?", metavar="OTHER_RUN", help="adds the final model of this run"
+                )
         else:
             add("source", metavar="RUN", help="directory of a run, or a language model")
             add("prompt", nargs="?", metavar="PROMPT", help=f"such as {EXAMPLE}")
@@ -851,7 +983,9 @@ def open_subject(
 
     try:
         if command in OF_A_RUN or checkpoint:
-            raise ValueError("all, dynamics and --checkpoint are of a run, not of a language model")
+            raise ValueError(
+                "all, dynamics, live and --checkpoint are of a run, not of a language model"
+            )
         if options["prompt"] is None or options.get("layer", 1) is None:
             raise ValueError("a language model needs a prompt, and --layer to sample or step")
         return PretrainedModel(source, dtype or "float32", device, out)

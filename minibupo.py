@@ -97,7 +97,7 @@ def policy_logits(model, tokens, policy=FULL, mask=None):
         h = model.final_norm(model.residual(tokens, model.n_layer))
     elif site == "resid_post":
         h = model.residual(tokens, layer)  # H^l
-    elif layer is None or not 1 <= layer <= model.n_layer:
+    elif layer not in range(1, model.n_layer + 1):
         raise ValueError(f"layer must be in 1..{model.n_layer} for {site}, not {layer}")
     else:
         trace = next(islice(model.trace(tokens), layer - 1, None))
@@ -111,7 +111,7 @@ def token_logprobs(model, tokens, mask, policy=FULL, temperature=1.0):
     All logits, also those of internal policies, are divided by the temperature of the sampling.
     Raises ValueError unless mask has this shape and temperature is above 0.
     """
-    require_mask(mask, (tokens.shape[0], tokens.shape[1] - 1))
+    require_mask(mask, (len(tokens), tokens.shape[-1] - 1))
     require_positive(temperature=temperature)
     logits = policy_logits(model, tokens[:, :-1], policy, mask)  # (M, V)
     log_pi = (at_least_float32(logits) / temperature).log_softmax(-1)
@@ -169,11 +169,10 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
     another kind, for G < 2, and for a reward that is NaN or infinite.
     """
     require_choice("kind of advantage", kind, ADVANTAGES)
+    require_positive(eps=eps)
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (questions, 2 or more), not {tuple(rewards.shape)}")
     rewards = at_least_float32(rewards)
-    if not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite, not {rewards[~rewards.isfinite()][0]}")
 
     over = (0, 1) if kind == "reinforce++" else 1  # the whole batch, or a group
     centred = rewards - rewards.mean(over, keepdim=True)
@@ -184,7 +183,11 @@ def group_advantages(rewards, kind: str = "grpo", eps: float = 1e-6):
         scale = rewards.std(over, keepdim=True) + eps
     # not "std == 0", which rounding can miss
     equal = rewards.amax(over, keepdim=True) == rewards.amin(over, keepdim=True)
-    return torch.where(equal, 0.0, centred / scale)
+    advantages = torch.where(equal, 0.0, centred / scale)
+    finite = rewards.isfinite() & advantages.isfinite()
+    if not finite.all():
+        raise ValueError(f"rewards must be finite, and not huge: {rewards[~finite][0]}")
+    return advantages
 
 
 def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", normalizer=None):
@@ -207,12 +210,13 @@ def surrogate(logp, old_logp, advantages, mask, *, clip=0.2, average="token", no
     """
     require_choice("average", average, AVERAGES)
     require_positive(clip=clip)
-    require_mask(mask, logp.shape)
+    require_shape("logp", logp, (len(advantages), mask.shape[-1]))
     require_shape("old_logp", old_logp, logp.shape)
     require_shape("advantages", advantages, logp.shape[:1])
+    require_mask(mask, logp.shape)
 
-    advantages = advantages[:, None]
-    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    advantages = advantages.detach()[:, None]
+    log_ratio = torch.where(mask, logp - old_logp.detach(), 0.0)
     ratio = log_ratio.clamp(-20, 20).exp()
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * mask
 
@@ -287,10 +291,10 @@ def phases(optimizer, target: Policy, s_inter: int, steps: int, *, start=1, rese
 
     Immediately before step s_inter + 1 the state of AdamW is reset. The official code does not
     reset it (reset_moments=False). `start` resumes a run. Raises ValueError, at its first step, for
-    s_inter < 0 or start < 1.
+    s_inter that is no integer >= 0, or start < 1.
     """
-    if s_inter < 0 or start < 1:
-        raise ValueError(f"s_inter must be at least 0, start at least 1, not {s_inter}, {start}")
+    if s_inter % 1 or s_inter < 0 or start < 1:
+        raise ValueError(f"s_inter must be in 0, 1, .., start in 1, 2, .., not {s_inter}, {start}")
     for step in range(start, steps + 1):
         if step == s_inter + 1 and s_inter > 0 and reset_moments:
             # The gradient of phase 1 is several times larger. Moments that remember it would make
@@ -334,7 +338,7 @@ def update(
     require_choice("average", average, AVERAGES)
     require_positive(temperature=temperature, clip=clip, max_grad_norm=max_grad_norm, chunk=chunk)
     Q, G = rollouts.rewards.shape
-    if not 1 <= minibatches <= Q:
+    if minibatches not in range(1, Q + 1):
         raise ValueError(f"minibatches must be in 1..{Q}, the questions, not {minibatches}")
     parameters = parameters_to_train(model, optimizer)
     device = rollouts.tokens.device
@@ -381,17 +385,24 @@ def update(
                 average=average,
                 normalizer=normalizer,
             )
-            part.backward(inputs=parameters)
+            if part.requires_grad:
+                part.backward(inputs=parameters)
             loss += part.detach()
             clipped += n
+        if all(p.grad is None for p in parameters):
+            raise ValueError(
+                "no gradient reaches the parameters of the optimizer: they are not part of this "
+                "policy, or gradients are disabled"
+            )
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise FloatingPointError(f"loss {loss} or gradient norm {norm} is not finite")
         optimizer.step()
+        torch.clear_autocast_cache()  # under autocast it still holds the weights from before
         norms.append(norm)
 
     return {
-        "clip_fraction": float(clipped / lengths.sum()),
+        "clip_fraction": int(clipped) / int(lengths.sum()),
         "grad_norm": float(torch.stack(norms).mean()) if norms else 0.0,
         "optimizer_steps": len(norms),
     }
@@ -452,14 +463,15 @@ def look_inside(model, tokens, mask, chunk: int | None = None) -> dict:
         rms_layer+ rms_attn rms_mlp    root mean square of H^l, A^l, F^l over d
 
     `chunk` positions are unembedded at a time (None: as many as make 2^24 logits), so the memory
-    for logits does not grow with layers or positions. Raises ValueError for a mask that is empty or
-    has another shape.
+    for logits does not grow with layers or positions. The model is put into eval(). Raises
+    ValueError for a mask that is empty or has another shape.
     """
-    require_mask(mask, (tokens.shape[0], tokens.shape[1] - 1))
+    require_mask(mask, (len(tokens), tokens.shape[-1] - 1))
     if not mask.any():
         raise ValueError("there are no response positions to look at")
     chunk = chunk or max(1, 2**24 // model.vocab_size)
     tokens = tokens[:, :-1]
+    model.eval()
     top = model.residual(tokens, model.n_layer)[mask]  # H^L (M, d)
 
     measured = []  # one dict for H^0, then one for each layer
@@ -557,8 +569,8 @@ def require_rollouts(rollouts: Rollouts):
     require_shape("end", end, (N,))
     if rewards.dim() != 2 or rewards.numel() != N:
         raise ValueError(f"rewards must be (Q, G) with Q G = {N} rows, not {tuple(rewards.shape)}")
-    if not ((1 <= prompt_len) & (prompt_len <= end) & (end <= T)).all():
-        raise ValueError(f"1 <= prompt_len <= end <= {T} must hold in every row")
+    if not ((1 <= prompt_len) & (prompt_len < end) & (end <= T)).all():
+        raise ValueError(f"1 <= prompt_len < end <= {T} must hold in every row")
 
 
 def require_choice(name: str, value, choices):

@@ -47,8 +47,9 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.d_mlp is None:
             self.d_mlp = 3 * self.d_model
-        for name in "vocab_size context_length n_layer d_model n_head n_kv_head d_mlp".split():
-            if getattr(self, name) < 1:
+        sizes = "vocab_size context_length n_layer d_model n_head n_kv_head d_mlp rope_theta"
+        for name in sizes.split():
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
         if self.head_dim is None:
@@ -228,13 +229,14 @@ class LanguageModel(nn.Module):
 
         prompt (Q, P) holds token ids, padded on the right if prompt_len (Q,) says that a row is
         shorter. Temperature 0 is greedy. eos_id is one id, or several, any of which ends a
-        response. Raises ValueError for invalid options, and for a sequence that would be longer
-        than the context.
+        response. A model with dropout should be in eval(). Raises ValueError for invalid options,
+        and for a sequence that would be longer than the context.
 
         All rows advance together, one position at a time. While a row is still inside its prompt,
         its own prompt tokens are fed. So every row has its true positions, and nothing is masked.
         """
-        self._check_sampling(max_new_tokens, num_samples, temperature, pad_id)
+        eos_ids = torch.as_tensor([] if eos_id is None else eos_id, device="cpu").flatten().tolist()
+        self._check_sampling(max_new_tokens, num_samples, temperature, [pad_id, *eos_ids])
         prompt, prompt_len = self._trim_prompt(prompt, prompt_len, max_new_tokens, pad_id)
         device = prompt.device
         start = int(prompt_len.min())
@@ -242,7 +244,7 @@ class LanguageModel(nn.Module):
         prompt_len = prompt_len.repeat_interleave(num_samples)  # (N,)
         end = prompt_len + max_new_tokens  # (N,) until a row meets its EOS
         N = len(prompt_len)
-        eos_ids = torch.tensor([] if eos_id is None else eos_id, device=device)
+        eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=device)
         tokens = torch.full((N, total), pad_id, dtype=torch.long, device=device)
         tokens[:, : prompt.shape[1]] = prompt.repeat_interleave(num_samples, dim=0)
 
@@ -290,6 +292,8 @@ class LanguageModel(nn.Module):
         """Raise ValueError unless tokens is (B, T) with 1 <= T <= context_length, ids in 0..V-1."""
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must be (batch, time), not empty, not {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be of type torch.int64, not {tokens.dtype}")
         T = tokens.shape[1]
         if T > self.context_length:
             raise ValueError(f"{T} tokens are longer than context_length = {self.context_length}")
@@ -299,15 +303,17 @@ class LanguageModel(nn.Module):
             allowed = f"0..{self.vocab_size - 1}"
             raise ValueError(f"token id {invalid} is outside the vocabulary, {allowed}")
 
-    def _check_sampling(self, max_new_tokens: int, num_samples: int, temperature: float, pad_id):
+    def _check_sampling(self, max_new_tokens: int, num_samples: int, temperature: float, ids):
         """Raise ValueError for invalid options of `generate`."""
         for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
-        if not 0 <= pad_id < self.vocab_size:
-            raise ValueError(f"pad_id {pad_id} is outside the vocabulary, 0..{self.vocab_size - 1}")
+        for token in ids:
+            if token not in range(self.vocab_size):
+                allowed = f"0..{self.vocab_size - 1}"
+                raise ValueError(f"pad_id or eos_id {token} is outside the vocabulary, {allowed}")
 
     def _trim_prompt(self, prompt, prompt_len, max_new_tokens: int, pad_id: int):
         """Return the prompts as wide as the longest, padded with pad_id, and all lengths (Q,).
@@ -330,7 +336,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"a prompt of {P} and {max_new_tokens} new tokens outgrow {size}")
         if prompt_len is None:  # no padding
             prompt_len = torch.full((Q,), P, device=prompt.device)
-        return prompt, prompt_len
+        return prompt, prompt_len.long()
 
 
 def sample(logits, temperature: float, generator=None):

@@ -291,7 +291,7 @@ class Settings:
 
 
 SMOKE = dict(n=3, n_layer=4, d_model=32, questions=32, steps=20, s_inter=3, eval_problems=64)
-KNOWN = 0.95  # pretraining stops at this accuracy on single operations
+KNOWN = 0.97  # pretraining stops at this accuracy on single operations
 KNOWN_FROM = 128  # problems that this accuracy is measured on
 SAMPLES = 8  # responses to each problem of an evaluation
 
@@ -302,23 +302,26 @@ SAMPLES = 8  # responses to each problem of an evaluation
 def pretrain(s: Settings, model, records: list, max_steps=1500, lr=4e-3):
     """Train the base model until it knows single operations. Append a record every 50 steps.
 
-    Solutions are careful until most operations are known; over the next 200 steps they become
+    Solutions are careful until most operations are known; over the next 100 steps they become
     sloppy. In sloppy text the next line may be any later one, so several tokens are correct at
-    once, and a model that starts with it learns the operations slowly or never. Seeds differ in how
-    long this takes, so the number of steps is not fixed.
+    once, and a model that starts with it learns the operations slowly or never. The learning rate
+    falls to a tenth as solutions become sloppy: at a constant rate, what is known swings up and
+    down and may miss the stop. Seeds differ in how long all this takes, so the number of steps is
+    not fixed.
     """
     options = dict(weight_decay=0.1, betas=(0.9, 0.98), fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     known = 0.0
     learned = None  # the step at which most operations were known
     for step in tqdm(range(1, max_steps + 1), "pretraining", disable=None):
-        sloppiness = min(1.0, (step - learned) / 200) if learned else 0.0
+        sloppiness = min(1.0, (step - learned) / 100) if learned else 0.0
         tokens, response = pretraining_batch(s, step, model.device, s.skip * sloppiness)
         loss = pretraining_loss(model, tokens, response, s.internal_loss)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 50)  # warm-up
+        warm_up = min(1.0, step / 50)
+        optimizer.param_groups[0]["lr"] = lr * warm_up * (1 - 0.9 * sloppiness)
         optimizer.step()
 
         if step % 50 == 0:

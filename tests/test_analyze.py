@@ -318,7 +318,7 @@ def test_lens_takes_any_token(copied, tmp_path):
     run_dir.decode = lambda ids: words[ids[0] % 6]
     analyze.lens(run_dir, PROMPT)
     page = (tmp_path / "lens.html").read_text()
-    assert page.count("</script>") == 2 and "http" not in page.replace("http-equiv", "")
+    assert page.count("</script>") == 3 and "http" not in page.replace("http-equiv", "")
     assert '"note":""' in page  # no policy says <pad>
 
 

@@ -370,13 +370,62 @@ def test_an_update_under_autocast_reaches_every_weight():
     assert all(p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_under_autocast_each_optimizer_step_reaches_the_next_mini_batch():
+    """Autocast keeps cast weights until its `with` ends: the same as without this cache."""
+    after = []
+    for cache_enabled in (True, False):
+        model = tiny()
+        batch = rollouts(model)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
+            log = minibupo.update(model, sgd(model, lr=0.5), batch, minibatches=6)
+        after.append((log, weights(model)))
+    assert after[0][0] == after[1][0] and log["clip_fraction"] > 0
+    assert same_bits(after[0][1], after[1][1])
+
+
 def test_an_update_has_no_dropout():
-    """In the first mini-batch every ratio is 1, whatever mode the model was left in."""
+    """In the first mini-batch every ratio is 1, and a look inside can be repeated, in any mode."""
     model = tiny()
     model.blocks[0].mlp.down = torch.nn.Sequential(model.blocks[0].mlp.down, torch.nn.Dropout(0.5))
+    batch = rollouts(model.eval())
     model.train()
-    log = minibupo.update(model, sgd(model), rollouts(model), minibatches=1)
+    log = minibupo.update(model, sgd(model), batch, minibatches=1)
     assert log["clip_fraction"] == 0 and not model.training
+    model.train()
+    first, second = (minibupo.look_inside(model, batch.tokens, mask_of(batch)) for _ in range(2))
+    assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("carrier", ["old_logp", "rewards"])
+def test_no_gradient_flows_through_the_reference_of_the_ratio_or_the_rewards(carrier):
+    """Both are numbers, even if the caller has left the graph of the policy on them."""
+    model = tiny()
+    batch = rollouts(model)
+    mask, tokens = mask_of(batch), batch.tokens
+    A = minibupo.group_advantages(batch.rewards).flatten()
+    old = minibupo.token_logprobs(model, tokens, mask)
+    minibupo.policy_loss(model, tokens, old.detach(), A, mask)[0].backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    if carrier == "old_logp":
+        minibupo.policy_loss(model, tokens, old, A, mask)[0].backward()
+    else:
+        zero = model(tokens).mean() * 0
+        graph = batch._replace(rewards=batch.rewards + zero)
+        minibupo.update(model, sgd(model), graph, minibatches=1, chunk=7, max_grad_norm=math.inf)
+    for p, g in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["final_norm", "blocks.2"])
+def test_an_update_that_reaches_nothing_is_refused(part):
+    """What phase 1 at layer 2 does not train, and an update with gradients disabled."""
+    model, batch = tiny(), rollouts(tiny())
+    optimizer = torch.optim.AdamW(model.get_submodule(part).parameters())
+    with pytest.raises(ValueError, match="no gradient reaches"):
+        minibupo.update(model, optimizer, batch, Policy(2))
+    with torch.no_grad(), pytest.raises(ValueError, match="no gradient reaches"):
+        minibupo.update(model, optimizer, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -545,6 +594,7 @@ def test_pass_at_k_counts_are_integers():
         ("advantages", lambda x: x[:1]),
         ("old_logp", lambda x: x[:, :1]),
         ("old_logp", lambda x: x[None]),
+        ("logp", lambda x: x[0]),
         ("mask", lambda x: x[:1]),
         ("mask", lambda x: x[:, :-1]),
         ("mask", lambda x: x.long()),
@@ -557,8 +607,11 @@ def test_shapes_that_would_broadcast(name, change):
     arrays["mask"] = mask
     minibupo.surrogate(**arrays)
     arrays[name] = change(arrays[name])
-    with pytest.raises(ValueError, match=f"{name} must .*, not "):
+    with pytest.raises(ValueError, match="(logp|advantages|mask) must .*, not "):
         minibupo.surrogate(**arrays)
+    flat = [torch.zeros(9), torch.zeros(9), torch.ones(9), torch.ones(9).bool()]
+    with pytest.raises(ValueError, match="logp must have the shape"):
+        minibupo.surrogate(*flat)
 
 
 @pytest.mark.parametrize("wrong", [lambda m: m[:, :-1], lambda m: m.int(), lambda m: m[:1]])
@@ -586,6 +639,8 @@ BAD_ROLLOUTS = [
     dict(prompt_len=torch.ones(24, 1).long()),
     dict(end=torch.ones(23).long()),
     dict(end=torch.full((24,), 99)),
+    dict(end=torch.ones(24).long(), prompt_len=torch.ones(24).long()),
+    dict(rewards=torch.tensor([[3e38, 3e38, -3e38, 0]] * 6)),
     dict(tokens=torch.ones(24).long()),
 ]
 BAD_OPTIONS = [dict(temperature=t) for t in (0, -1, math.nan)] + [dict(average="mean")]
@@ -628,6 +683,9 @@ CANNOT_BE = [
     *[lambda m, n=n: minibupo.update(m, sgd(m), rollouts(m), minibatches=n) for n in (0, 7)],
     lambda m: next(minibupo.phases(sgd(m), Policy(1), -1, 3)),
     lambda m: next(minibupo.phases(sgd(m), Policy(1), 1, 3, start=0)),
+    *[lambda m, s=s: next(minibupo.phases(sgd(m), Policy(1), s, 3)) for s in (1.5, math.nan)],
+    *[lambda _, e=e: minibupo.group_advantages(torch.rand(2, 2), eps=e) for e in (-1, math.nan)],
+    lambda m: minibupo.token_logprobs(m, torch.ones(3).long(), torch.ones(2).bool()),
     lambda m: minibupo.look_inside(m, torch.ones(1, 3).long(), torch.zeros(1, 2).bool()),
     *[lambda _, k=k: minibupo.pass_at_k(4, 2, k) for k in (0, 5)],
     *[lambda _, c=c: minibupo.pass_at_k(4, c, 2) for c in (5, [1, -1])],
@@ -636,6 +694,6 @@ CANNOT_BE = [
 
 @pytest.mark.parametrize("call", CANNOT_BE)
 def test_what_cannot_be_is_refused_in_a_sentence(call):
-    named = "layer|dH|site|advantage|rewards|average|minibatches|s_inter|positions|k <= n"
+    named = "layer|dH|site|advantage|rewards|average|minibatches|s_inter|positions|k <= n|eps|mask"
     with pytest.raises(ValueError, match=named):
         call(tiny())

@@ -210,15 +210,29 @@ def test_what_a_prompt_is_padded_with_does_not_matter():
     assert torch.equal(out.tokens, plain.tokens) and out.tokens.shape == (1, 10)
 
 
+def test_lengths_of_a_narrow_type_do_not_overflow():
+    prompt, narrow = torch.ones(1, 200).long(), torch.tensor([200], dtype=torch.uint8)
+    out = tiny(context_length=300).generate(prompt, 100, prompt_len=narrow)
+    assert out.end.tolist() == [300] and out.tokens.shape == (1, 300)
+
+
 # ---- bad input ----
 
 TOKENS = random_tokens()
 BAD_SIZES = [dict(d_model=18), dict(n_kv_head=3), dict(head_dim=5)]
 COUNTS = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "head_dim", "d_mlp")
-BAD_SIZES += [{count: 0} for count in COUNTS]
-BAD_TOKENS = [TOKENS + 1, TOKENS - 11, TOKENS[0], TOKENS[:, :0], torch.zeros(1, 25).long()]
+BAD_SIZES += [{count: 0} for count in COUNTS] + [dict(rope_theta=t) for t in (0, math.nan)]
+BAD_TOKENS = [
+    TOKENS.float(),
+    TOKENS + 1,
+    TOKENS - 11,
+    TOKENS[0],
+    TOKENS[:, :0],
+    torch.zeros(1, 25).long(),
+]
 BAD_PROMPTS = [dict(num_samples=0), dict(temperature=-1), dict(temperature=math.nan)]
-BAD_PROMPTS += [dict(pad_id=11), dict(pad_id=-1)]
+BAD_PROMPTS += [dict(pad_id=11), dict(pad_id=-1), dict(eos_id=11), dict(eos_id=[4, -1])]
+BAD_PROMPTS += [dict(eos_id=4.5)]
 BAD_PROMPTS += [dict(prompt_len=lengths) for lengths in ([1, 2, 10], [1, 0, 2], [1, 2])]
 CANNOT_BE = [
     *[lambda _, c=c: tiny(**c) for c in BAD_SIZES],
