@@ -380,7 +380,7 @@ def main(argv=None):
     common.save_report(results, report(common.read_lines(results)))
 
 
-def run_missing(out: Path, results: Path, sizes: dict, runs: list[tuple]):
+def run_missing(out: Path, results: Path, sizes: dict, runs: list[tuple], run=run):
     """Make the runs that have no record yet, and before them the base models that they need."""
     jobs = []
     for name, base, seed in runs:
