@@ -559,6 +559,8 @@ def live(run: Run, other=None):
         "limit": run.response_limit,
         "results": operation_table(),
         "target": target if run.settings.s_inter > 0 else None,
+        "chosen": run.settings.layer is not None,  # by hand, not by the rule
+        "rule": rule_data(run, models["base"]),
         "rounded": note,
         "config": asdict(base.cfg),
         "sizes": [[name, weight.numel()] for name, weight in base.named_parameters()],
@@ -605,6 +607,27 @@ def operation_table() -> dict:
         operator: "".join(toy.careful(f"{a}{operator}{b}")[-1] for a, b in pairs)
         for operator in toy.OPERATORS
     }
+
+
+def rule_data(run: Run, base) -> dict:
+    """Return what the rule of phase 1 sees: dH_FFN of the base by layer, with standard errors.
+
+    It is measured on the problems that the run used and, as "more", on 512 problems, which shows
+    whether the rule would name the same layer again.
+    """
+
+    def measured(tokens, mask) -> dict:
+        dH_mlp = minibupo.look_inside(base, tokens, mask)["dH_mlp"].double()
+        M = dH_mlp.shape[1]  # response positions
+        return {
+            "problems": len(tokens),
+            "positions": M,
+            "dH_mlp": dH_mlp.mean(1).tolist(),
+            "sem": (dH_mlp.std(1) / M**0.5).tolist(),  # as in entropy.json
+        }
+
+    more = toy.own_solutions(base, run.settings, count=512)
+    return measured(*run.own_text(base)) | {"more": measured(*more)}
 
 
 def rounded_to_float16(model):

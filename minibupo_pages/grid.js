@@ -12,6 +12,15 @@ function make(tag, text, parent) {
   return node;
 }
 
+function write(node, text) {  // with H^6 and dH_FFN as they are printed
+  node.replaceChildren();
+  for (const part of text.split(/(\^\w+|_FFN)/)) {
+    if (part.startsWith("^")) make("sup", part.slice(1), node);
+    else if (part.startsWith("_")) make("sub", part.slice(1), node);
+    else node.append(part);
+  }
+}
+
 // Dark blue is confident, yellow is uncertain: readers with any colour vision can order the two.
 const CONFIDENT = [0, 34, 78], UNCERTAIN = [253, 231, 120];
 const colour = share =>
@@ -107,12 +116,19 @@ class Grid {
     this.tell();
   }
 
+  site() {  // of the cell pointed at; the embedding and pi_theta only have a stream
+    return this.layers(this.at.site).includes(this.at.layer) ? this.at.site : "resid_post";
+  }
+
   key(event) {  // an arrow key moves by one cell
     const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
     const move = moves[event.key];
     if (!move) return;
-    this.point((this.at?.layer ?? 0) + move[0], (this.at?.position ?? 0) + move[1]);
     event.preventDefault();
+    this.point((this.at?.layer ?? 0) + move[0], (this.at?.position ?? 0) + move[1]);
+    if (!this.at) return;
+    const td = this.tds[[this.site(), this.at.layer, this.at.position]];
+    td.scrollIntoView({block: "nearest", inline: "nearest"});
   }
 
   tell() {  // the five likeliest tokens of all policies of the cell pointed at
@@ -123,18 +139,19 @@ class Grid {
     $("where").textContent = `${names[layer] ?? `layer ${layer}`}, position ${position + 1} of ${this.tokens.length}: `
       + `the last token read is "${this.tokens[position]}"`
       + (next === undefined ? "" : `, the one that follows is "${next}"`);
-    const policy = layer > this.n_layer ? "pi_theta" : SITES[this.at.site];
-    const own = this.cell(this.at.site, this.view, layer, position);
-    if (own) $("where").textContent += `; the likeliest for ${policy} is "${own[1][0]}"`;
+    const policy = layer > this.n_layer ? "pi_theta" : SITES[this.site()];
+    const own = this.cell(this.site(), this.view, layer, position);
+    $("where").textContent += `; the likeliest for ${policy} is "${own[1][0]}"`;
     for (const site in SITES) {
       for (const view in this.views) {
         const found = this.cell(site, view, layer, position);
         if (!found || (layer > this.n_layer && view !== Object.keys(this.views)[0])) continue;
         const table = make("table", null, $("detail"));
         table.id = `${site}-${view}`;
-        table.style.order = site === this.at.site ? 0 : 1;  // those of the cell pointed at come first
+        // The tables of the cell pointed at come first; on a phone, a page may leave the others out.
+        table.classList.toggle("other", site !== this.site());
         const title = layer > this.n_layer ? "pi_theta" : `${SITES[site]}, ${this.views[view]}`;
-        make("caption", `${title}: ${found[0].toFixed(2)} nats`, table);
+        write(make("caption", null, table), `${title}: ${found[0].toFixed(2)} nats`);
         for (const [token, p] of found.slice(1)) {
           const row = make("tr", null, table);
           make("td", token, row);

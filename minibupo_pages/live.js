@@ -5,7 +5,8 @@
 const data = JSON.parse($("data").textContent);
 const {words, eos, config, checkpoints} = data;  // words: the text of each token
 const L = config.n_layer, log_vocab = Math.log(words.length);
-const SAMPLES = 50;
+const SAMPLES = 50, DIVISORS = [1, 50];  // from, to
+const stops = checkpoints.filter(({key}) => key !== "other").length;  // of the slider; "other" is another run
 
 // ---- The models: their weights are float16 in base64, and are decoded when they are first used ----
 
@@ -30,6 +31,7 @@ const load = key => {  // the model of a checkpoint
   return checkpoint.model ??= decode_model(checkpoint.weights);
 };
 const model = () => load(checkpoints[state.checkpoint].key);
+const model_label = () => checkpoints[state.checkpoint].label;
 
 // ---- The task: train_toy.py's encode and careful ----
 
@@ -62,23 +64,38 @@ function solution(expression) {  // the careful response, if there is one
 
 // ---- The state of the page, and what follows from it ----
 
-const state = {
+const defaults = {
   text: "7+5*3-2=",
-  checkpoint: Math.max(0, checkpoints.findIndex(({key}) => key === "final")),
+  checkpoint: stops - 1,
   view: "raw",
   layer: null,  // of the policy that answers; null: pi_theta
   temperature: 0,
+  divisor: 7,  // of the temperature at which pi_theta answers beside it
   seed: 1,  // of the random numbers, so that an answer at a temperature can be shown again
   asked: false,  // whether the policy was asked to answer
 };
+const state = {...defaults};
 let tokens = [];  // those of the text that the model reads
 let logits, inside;  // all_logits and look_inside of the text in sight
 let turn = 0;  // counts changes of the state: what was begun before the last one stops
 
-function is_correct(response) {  // of the problem that was read; null if it is none
-  const [expression, ...lines] = decode(tokens).split("="), expected = careful(expression);
-  if (expected === null || lines.length === 0) return null;
-  return decode([...tokens, ...response]).split("=").at(-1) === expected.at(-1) + words[eos];
+// The lines of careful work for the text that was read, or null if it is not a problem: an expression of
+// two or more digits, one =, and nothing or the beginning of an answer, in which no line is empty.
+function expected_lines() {
+  const [expression, ...begun] = decode(tokens).split("="), lines = careful(expression);
+  const is_problem = lines && lines.length > 1 && begun.length > 0 && begun.slice(0, -1).every(line => line);
+  return is_problem ? lines : null;
+}
+
+function is_correct(response) {  // whether it ends with the correct result; null if there is no problem
+  const expected = expected_lines();
+  return expected && decode([...tokens, ...response]).split("=").at(-1) === expected.at(-1) + words[eos];
+}
+
+function has_correct_lines(response) {  // train_toy.py's: each line follows from the one before
+  const text = decode([...tokens, ...response]), lines = text.replace(words[eos], "").split("=");
+  const follows = (line, i) => careful(lines[i])?.slice(1).includes(line);
+  return text.endsWith(words[eos]) && lines.at(-1).length === 1 && lines.slice(1).every(follows);
 }
 
 function policy_text() {  // who answers
@@ -97,12 +114,13 @@ function respond(layer, temperature, of = model()) {  // [{token, p}, ...]
   return [...generate(of, prompt, response_limit(), temperature, eos, random)];
 }
 
-async function count_correct(layer, temperature, tell, of = model()) {  // among SAMPLES responses
+// How many of SAMPLES responses are correct, or pass another test; null if the state changes meanwhile.
+async function count_correct(layer, temperature, {tell = () => {}, of = model(), passes = is_correct} = {}) {
   const mine = turn, random = random_numbers(state.seed), prompt = read(of, tokens, layer);
   let correct = 0;
   for (let i = 1; i <= SAMPLES; i++) {
     const sampled = [...generate(of, prompt, response_limit(), temperature, eos, random)];
-    if (is_correct(sampled.map(({token}) => token))) correct += 1;
+    if (passes(sampled.map(({token}) => token))) correct += 1;
     if (i % 5 > 0) continue;
     tell(`${correct} of ${i} samples are correct (${Math.round((100 * correct) / i)}%)`);
     await new Promise(resolve => setTimeout(resolve));  // let the browser draw, and take keys
@@ -124,6 +142,8 @@ function read_text(complaints) {  // set `tokens`, and name what is ignored
   if (all.length >= room) notes.push("There is no room for an answer.");
   if (tokens.length === 0) notes.push("Type a problem, such as 7+5*3-2=");
   else if (!decode(tokens).includes("=")) notes.push("A problem ends in =");
+  else if (expected_lines() === null)
+    notes.push("This is not a problem of the task: digits and operators alternate before one =, as in 7+5*3-2=");
   $("note").textContent = notes.join(" ");
 }
 
@@ -151,13 +171,20 @@ function draw_inside(response) {  // the grid and the entropies of the text and 
   grid.show(shown.slice(0, input.length), shown.slice(1), first);
   grid.paint(state.view);
   const who = state.asked ? policy_text() : "pi_theta at temperature 0";
-  const rest = `From row ${tokens.length} on, what follows is the answer of ${who}.`;
-  $("continued").textContent = response.length > 0 ? rest : "";
+  const rest = `From row ${tokens.length} on, the column "next" is the answer of ${who}, in the model "${model_label()}".`;
+  const prompt_rows = "The rows above the line are inside the problem: training asks no policy to predict them.";
+  $("continued").textContent = `${first > 0 ? prompt_rows : ""} ${response.length > 0 ? rest : ""}`;
+  for (const id of ["averaged", "rule"]) $(id).textContent = "";
+  for (const id of ["curves", "bars"]) {
+    $(id).replaceChildren();
+    $(id).setAttribute("aria-label", "There is no text to measure.");
+  }
   if (input.length === 0) return;
   const positions = input.map((_, t) => t).filter(t => t >= first);
   inside = look_inside(logits, positions);
-  const kind = first < 0 ? "all" : "the response";
-  $("averaged").textContent = `Means over ${kind} positions of the text in sight, ${positions.length} in number.`;
+  const kind = first < 0 ? "all" : "the answer's";
+  const number = `there are ${positions.length}`;
+  $("averaged").textContent = `The numbers are means over ${kind} positions of the text in sight: ${number}.`;
   draw_curves();
   draw_bars();
 }
@@ -174,7 +201,6 @@ function draw_curves() {
   const svg = $("curves"), left = 40, right = 385, top = 15, bottom = 215;
   const x = layer => left + ((right - left - 10) * layer) / L + 5;
   const y = value => bottom - ((bottom - top) * value) / log_vocab;
-  svg.replaceChildren();
   draw(svg, "path", {class: "frame", d: `M${left},${top}V${bottom}H${right}`});
   draw(svg, "path", {class: "frame", "stroke-dasharray": "2 4", d: `M${left},${top}H${right}`});
   draw(svg, "text", {x: right, y: top - 4, "text-anchor": "end"}, "uniform");
@@ -199,7 +225,6 @@ function draw_bars() {
   const low = Math.min(-1, ...inside.dH_mlp), high = Math.max(1, ...inside.dH_mlp);
   const y = value => bottom - 14 - ((bottom - top - 14) * (value - low)) / (high - low);
   const width = (right - left) / L;
-  svg.replaceChildren();
   draw(svg, "path", {class: "frame", d: `M${left},${y(0)}H${right}`});
   draw(svg, "text", {x: left - 5, y: y(0) + 4, "text-anchor": "end"}, 0);
   inside.dH_mlp.forEach((value, i) => {
@@ -223,19 +248,26 @@ function verdict(correct) {
 }
 
 function draw_answer(response) {  // of the policy that was asked, beside careful work and the control
-  for (const node of document.querySelectorAll(".answers output, .answers div > div, #tokens")) node.replaceChildren();
+  const outputs = ["answer", "verdict", "share", "tokens", "careful", "control", "control-verdict", "control-share"];
+  for (const id of outputs) $(id).replaceChildren();
   $("verdict").hidden = false;
   $("who").textContent = policy_text();
+  $("use-careful").hidden = !state.asked || expected_lines() === null;
   if (!state.asked) return;
   const said = response.map(({token}) => token), correct = is_correct(said);
   $("answer").textContent = decode(said);
   $("verdict").textContent = verdict(correct);
   for (const {token, p} of response) make("small", p.toFixed(2), make("li", words[token], $("tokens")));
+  if (correct === null) return;
   $("careful").textContent = solution(decode(tokens).split("=")[0]);
-  const control = respond(null, state.temperature / $("divisor").value).map(({token}) => token);
+  const control = respond(null, colder()).map(({token}) => token);
   $("control").textContent = decode(control);
-  $("control-verdict").textContent = correct === null ? "" : verdict(is_correct(control));
+  $("control-verdict").textContent = verdict(is_correct(control));
+  if (state.temperature === 0)
+    $("control-share").textContent = "At temperature 0 there is nothing to divide: this is pi_theta's likeliest answer.";
 }
+
+const colder = () => state.temperature / state.divisor;  // the temperature of the control
 
 async function reveal() {  // the answer that is drawn, token by token
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
@@ -252,13 +284,16 @@ async function reveal() {  // the answer that is drawn, token by token
 
 function draw_controls() {
   if ($("problem").value !== state.text) $("problem").value = state.text;
-  $("checkpoint").value = state.checkpoint;
-  $("name").textContent = checkpoints[state.checkpoint].label;
-  $("checkpoint").setAttribute("aria-valuetext", checkpoints[state.checkpoint].label);
+  $("checkpoint").value = Math.min(state.checkpoint, stops - 1);
+  $("compare").checked = state.checkpoint === stops;
+  $("name").textContent = model_label();
+  $("checkpoint").setAttribute("aria-valuetext", model_label());
   document.querySelector(`input[name=view][value=${state.view}]`).checked = true;
   $("layer").value = state.layer ?? "";
   $("temperature").value = state.temperature;
   $("degrees").textContent = state.temperature.toFixed(2);
+  $("divisor").value = state.divisor;
+  $("divisor-note").textContent = "";
 }
 
 function update(complaints = []) {  // show the state; a policy that was asked answers anew
@@ -270,19 +305,32 @@ function update(complaints = []) {  // show the state; a policy that was asked a
   else if (decode(tokens).includes("=")) response = respond(null, 0);
   draw_answer(response);
   draw_inside(response);
+  tell_cell();
 }
 
-// ---- The address: #p=7%2B5*3-2%3D&layer=4&t=0, and also model, view, and q for a question ----
+function tell_cell() {  // the details take room below the grid only if a cell is pointed at
+  $("inside").classList.toggle("on", grid.at !== null);
+  if (grid.at === null) $("where").textContent = "";
+}
+
+// ---- The address: #p=7%2B5*3-2%3D&layer=4&t=0, also model and view; seed, divisor and asked, if they
+// are not the default; and q, the number of the open question ----
 
 function write_fragment() {
-  const {text: p, layer, temperature: t, view} = state;
+  const {text: p, layer, temperature: t, view, seed, divisor} = state;
   const parts = {p, layer, t, model: checkpoints[state.checkpoint].key, view};
+  if (seed !== defaults.seed) parts.seed = seed;
+  if (divisor !== defaults.divisor) parts.divisor = divisor;
+  if (!state.asked) parts.asked = 0;
+  if (question) parts.q = questions.indexOf(question) + 1;
   const given = Object.entries(parts).filter(([, value]) => value !== null);
   const fragment = given.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
   history.replaceState(null, "", `#${fragment}`);
 }
 
-function read_fragment() {  // set the state, and let the policy answer
+const whole = (text, from, to) => (/^\d+$/.test(text) && +text >= from && +text <= to ? +text : undefined);
+
+function read_fragment() {  // set the state, let the policy answer, and open a question
   const given = new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B")), complaints = [];
   function take(name, part, value_of) {  // value_of returns undefined for what is not allowed
     if (!given.has(name)) return;
@@ -290,15 +338,22 @@ function read_fragment() {  // set the state, and let the policy answer
     if (value === undefined) complaints.push(`Ignored: ${name}=${given.get(name)}.`);
     else state[part] = value;
   }
-  const layers = Array.from({length: L}, (_, i) => i + 1);
-  if (given.has("p")) Object.assign(state, {layer: null, temperature: 0, seed: 1, asked: true});
+  const index = found => (found < 0 ? undefined : found);
+  if (given.has("p")) Object.assign(state, defaults, {asked: true});
   take("p", "text", text => text);
-  take("layer", "layer", text => layers.find(layer => String(layer) === text));
+  take("layer", "layer", text => whole(text, 1, L));
   take("t", "temperature", text => (/^\d*\.?\d+$/.test(text) && +text <= 2 ? +text : undefined));
-  take("model", "checkpoint", text => checkpoints.map((_, i) => i).find(i => checkpoints[i].key === text));
+  take("model", "checkpoint", text => index(checkpoints.findIndex(({key}) => key === text)));
   take("view", "view", text => VIEWS.find(view => view === text));
+  take("seed", "seed", text => whole(text, 1, 2 ** 31));
+  take("divisor", "divisor", text => whole(text, ...DIVISORS));
+  take("asked", "asked", text => (text === "0" ? false : undefined));
+  const q = given.has("q") ? whole(given.get("q"), 1, questions.length) : null;
+  if (q === undefined) complaints.push(`Ignored: q=${given.get("q")}.`);
   update(complaints);
-  if (questions[given.get("q") - 1]) open_question(given.get("q") - 1);
+  if (q) open_question(q - 1);
+  else if (given.has("p")) close_question();
+  write_fragment();
 }
 
 // ---- What the reader does ----
@@ -314,25 +369,40 @@ function change(parts = {}) {
 
 function answer() {
   change({seed: state.asked ? state.seed + 1 : state.seed, asked: true});
+  $("answers").scrollIntoView({block: "nearest"});
   reveal();
 }
 
 async function sample_both() {  // how many samples are correct: of the chosen policy, and of the control
-  if (is_correct([]) === null) return [];  // there is nothing to check
-  const control = state.temperature / $("divisor").value;
-  const correct = await count_correct(state.layer, state.temperature, text => $("share").textContent = text);
+  if (expected_lines() === null) return [];  // there is nothing to check
+  const into = id => ({tell: text => $(id).textContent = text});
+  const correct = await count_correct(state.layer, state.temperature, into("share"));
   if (correct === null) return [];
-  return [correct, await count_correct(null, control, text => $("control-share").textContent = text)];
+  return [correct, await count_correct(null, colder(), into("control-share"))];
 }
 
-function slide(by) {
-  change({checkpoint: Math.min(checkpoints.length - 1, Math.max(0, state.checkpoint + by))});
+function slide(by) {  // from the other run, one comes back to the end of this one
+  const checkpoint = state.checkpoint === stops ? stops - 1 : state.checkpoint + by;
+  change({checkpoint: Math.min(stops - 1, Math.max(0, checkpoint))});
+}
+
+function compare() {  // the other run, if the page has one, and back to the end of this one
+  change({checkpoint: state.checkpoint === stops ? stops - 1 : Math.min(stops, checkpoints.length - 1)});
+}
+
+function divide() {  // take the divisor, or say why not
+  const divisor = whole($("divisor").value, ...DIVISORS);
+  if (divisor !== undefined) return change({divisor});
+  $("divisor").value = state.divisor;
+  const allowed = `a whole number from ${DIVISORS.join(" to ")}`;
+  $("divisor-note").textContent = `The temperature can be divided by ${allowed}; the divisor stays ${state.divisor}.`;
 }
 
 const shortcuts = {
   "/": () => $("problem").select(),
   "[": () => slide(-1),
   "]": () => slide(1),
+  c: compare,
   n: () => change({view: VIEWS[(VIEWS.indexOf(state.view) + 1) % VIEWS.length]}),
   a: answer,
   s: () => $("ask-sample").click(),
@@ -340,15 +410,57 @@ const shortcuts = {
   g: () => $("panels").focus(),
 };
 
-function start() {
+function tell_training() {  // which layer phase 1 trained, and by what margin
+  const {dH_mlp, sem, problems, positions, more} = data.rule, target = data.target;
+  const signed = value => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(3)}`;
+  const named = values => target_layer(values) === null ? "no layer" : `layer ${target_layer(values)}`;
+  if (target !== null) {
+    const chosen = `the rule named ${named(dH_mlp)}. It was applied to means over ${positions} positions of the base
+      model's own sampled answers to ${problems} problems.`;
+    const by = data.chosen ? `This layer was chosen by hand; ${chosen}` : `Before RL, ${chosen}`;
+    const i = target - 1, ratio = Math.abs(dH_mlp[i]) / sem[i];
+    const mean = of => `${signed(of.dH_mlp[i])} ± ${of.sem[i].toFixed(3)}`;
+    const margin = `At layer ${target} the mean was ${mean(data.rule)} nats, where ± is one standard error: it was
+      ${ratio.toFixed(1)} standard errors from 0.`;
+    const again = `Over ${more.problems} problems it is ${mean(more)}, and the rule names ${named(more.dH_mlp)}.`;
+    const close = ratio < 2 ? "So the sign at this layer was a matter of chance." : "";
+    $("trained").textContent = `Phase 1 of this run trained layer ${target}. ${by} ${margin} ${close} ${again}`;
+  }
+  const table = make("table", null, $("measured"));
+  write(make("caption", null, table), "dH_FFN of the base model, mean ± standard error, by layer");
+  const head = make("tr", null, table);
+  for (const text of ["problems", ...dH_mlp.map((_, i) => i + 1)]) make("th", text, head).scope = "col";
+  for (const each of [data.rule, more]) {
+    const row = make("tr", null, table);
+    make("th", each.problems, row).scope = "row";
+    each.dH_mlp.forEach((value, i) => make("td", `${signed(value)} ± ${each.sem[i].toFixed(3)}`, row));
+  }
+}
+
+function write_texts() {  // what the page says about these models
   const count = data.sizes.reduce((sum, [, size]) => sum + size, 0);
+  const [, ...lines] = careful(PROBLEM.slice(0, -1));
   $("size").textContent = `of ${L} layers and ${count.toLocaleString("en")} parameters`;
   for (const node of document.querySelectorAll(".top")) node.textContent = L;
+  document.querySelector(".uniform").textContent = `log ${words.length} = ${log_vocab.toFixed(2)} nats`;
   $("example").textContent = PROBLEM;
   $("example-answer").textContent = solution(PROBLEM.slice(0, -1));
-  $("trained").textContent = data.target === null ? "" : `Phase 1 of this run trained layer ${data.target}.`;
+  $("example-whole").textContent = PROBLEM + solution(PROBLEM.slice(0, -1));
+  const first = `${PROBLEM.slice(0, 3)} is ${lines[0][0]}, so it writes what is left, ${lines[0]}=`;
+  $("example-lines").textContent = `${first}; then ${lines.slice(1).join("=; then ")}.`;
+  const tied = `At emb., every view prefers the character just read, because this model unembeds with the matrix
+    with which it embeds. The raw vector is short, so its policy is still uncertain. The final norm and the scaling
+    make it long, so the entropy falls to about 0. Layer 1 adds a much longer vector, which points elsewhere.`;
+  $("tied").textContent = config.tied ? tied : "";
   $("rounded").textContent = data.rounded;
-  $("checkpoint").max = checkpoints.length - 1;
+  tell_training();
+}
+
+function start() {
+  write_texts();
+  $("checkpoint").max = stops - 1;
+  $("comparison").hidden = stops === checkpoints.length;
+  $("other").textContent = checkpoints[stops]?.label;
   make("option", "pi_theta (the whole model)", $("layer")).value = "";
   for (let layer = 1; layer <= L; layer++) make("option", `layer ${layer}`, $("layer")).value = layer;
   questions.forEach((_, i) => {
@@ -357,29 +469,37 @@ function start() {
     link.setAttribute("aria-label", `Question ${i + 1}`);
   });
 
-  $("problem").addEventListener("input", () => change({text: $("problem").value, asked: false}));
+  $("problem").addEventListener("input", () => change({text: $("problem").value, seed: 1, asked: false}));
   $("problem").addEventListener("keydown", event => {
     if (event.key === "Enter") answer();
-    if (event.key === "Escape") $("problem").blur();
   });
   $("checkpoint").addEventListener("input", () => change({checkpoint: +$("checkpoint").value}));
   for (const input of document.querySelectorAll("input[name=view]"))
     input.addEventListener("change", () => change({view: input.value}));
   $("layer").addEventListener("change", () => change({layer: +$("layer").value || null}));
   $("temperature").addEventListener("input", () => change({temperature: +$("temperature").value}));
-  $("divisor").addEventListener("change", () => change());
+  $("divisor").addEventListener("change", divide);
+  $("compare").addEventListener("change", compare);
   $("ask-answer").addEventListener("click", answer);
   $("ask-sample").addEventListener("click", () => {
     change({seed: state.seed + 1, asked: true});
     sample_both();
   });
+  $("use-careful").addEventListener("click", () => {
+    const [expression] = decode(tokens).split("=");
+    change({text: `${expression}=${solution(expression)}`, asked: false});
+  });
+  $("go-on").addEventListener("click", () => $("answers").scrollIntoView());
   $("panels").addEventListener("keydown", event => grid.key(event));
+  for (const kind of ["keydown", "pointermove", "click"]) $("panels").addEventListener(kind, tell_cell);
+  $("guess").addEventListener("input", keep_guess);
   $("question").addEventListener("submit", event => {
     event.preventDefault();
     show_question();
   });
   document.addEventListener("keydown", event => {
-    const typing = event.target.matches?.("input[type=text], input[type=number], select");
+    const typing = event.target.matches?.("input[type=text]");
+    if (event.key === "Escape") document.activeElement.blur();
     if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in shortcuts)) return;
     event.preventDefault();
     shortcuts[event.key]();

@@ -455,7 +455,7 @@ def test_answering_and_sliding_by_keys(page, tmp_path):
       await wait(150);
       found.push([$("answer").textContent.length, $("verdict").hidden]);
       await wait(5000);
-      for (const key of ["", "[", "[", "[", "]", "]", "]", "]"]) {
+      for (const key of ["", "[", "[", "[", "]", "]", "]", "c", "[", "c", "c"]) {
         press(key);
         found.push([$("name").textContent, $("answer").textContent, texts("#tokens small")]);
       }
@@ -468,13 +468,20 @@ def test_answering_and_sliding_by_keys(page, tmp_path):
       press("/");
       found.push([document.activeElement.id, state.view]);
       press("n", $("problem"));  // typed into the field: no shortcut
+      press("Escape", $("problem"));
+      press("p");
+      found.push([document.activeElement.id, state.asked]);
+      press("a", $("layer"));  // in the menu, keys are shortcuts
+      found.push([document.activeElement.id, state.asked]);
+      press("Escape", $("layer"));
+      found.push([document.activeElement.id]);
       press("g");
       press("ArrowDown", $("panels"));
       press("ArrowRight", $("panels"));
       press("ArrowLeft", $("panels"));
       found.push([document.activeElement.id, state.view, $("where").textContent.split(":")[0]]);
     """
-    begun, *slides, interrupted, field, moved = browse(tmp_path, page, script)
+    begun, *slides, interrupted, field, menu, asked, left, moved = browse(tmp_path, page, script)
     assert begun[0] < len(answer(models["final"], "4*7+3=", 2)) and begun[1]
     labels = {
         "base": "base",
@@ -482,7 +489,8 @@ def test_answering_and_sliding_by_keys(page, tmp_path):
         "final": "BuPO, final",
         "other": "GRPO, final",
     }
-    order = ["final", "phase1", "base", "base", "phase1", "final", "other", "other"]
+    order = ["final", "phase1", "base", "base", "phase1", "final", "final"]
+    order += ["other", "final", "other", "final"]
     for key, (label, said, shown) in zip(order, slides, strict=True):
         expected = answer(models[key], "4*7+3=", 2)
         assert (label, said) == (labels[key], expected)
@@ -491,8 +499,9 @@ def test_answering_and_sliding_by_keys(page, tmp_path):
         p = logits.softmax(-1).gather(-1, torch.tensor(ids[6:])[:, None])[:, 0].detach()
         np.testing.assert_allclose([float(x) for x in shown], p, atol=0.006)
     assert interrupted[:3] == [labels["phase1"], "", ""]
-    assert interrupted[3] == "#p=9-8%3D&layer=2&t=0&model=phase1&view=raw"
+    assert interrupted[3] == "#p=9-8%3D&layer=2&t=0&model=phase1&view=raw&asked=0"
     assert field == ["problem", "raw"]
+    assert (menu, asked, left) == (["layer", False], ["layer", True], [""])
     assert moved[:2] == ["panels", "raw"]
     assert moved[2].startswith("layer 0 (embedding), position 2 of")
 
@@ -555,6 +564,86 @@ def test_what_is_typed_is_text(page, tmp_path):
     assert address[1:] == [None, 0, "raw"] and elements == 0
 
 
+def test_what_is_a_problem(page, tmp_path):
+    """Digits and operators that alternate, one =, and nothing or the beginning of an answer."""
+    problems = ("4*7=", "4*7+3=8", "4*7+3=8+3=", "4*7=8<eos>")
+    others = ("9-9", "7=", "12+3=", "+4=", "4*7+=", "=", "4*7==", "4*7+3=8+3==1")
+    script = f"""
+      for (const text of {json.dumps(problems + others)}) {{
+        change("problem", text);
+        const warned = $("note").textContent !== "";
+        press("Enter", $("problem"));
+        found.push([warned, $("verdict").textContent.startsWith("There is nothing"), $("careful").textContent === "",
+                    $("control-verdict").textContent === "", $("use-careful").hidden]);
+      }}
+      const lines = {json.dumps(LINES)};
+      change("problem", "7+5*3-2=");
+      found.push(lines.map(text => has_correct_lines(encode(text).tokens)));
+    """
+    *found, followed = browse(tmp_path, page, script)
+    assert found == [[False] * 5] * len(problems) + [[True] * 5] * len(others)
+    assert followed == [toy.has_correct_lines("7+5*3-2", text) for text in LINES]
+    assert True in followed and False in followed
+
+
+LINES = ["2*3-2=6-2=4<eos>", "4<eos>", "6-2=4<eos>", "2*3-2=6-2=4", "2*3-2=5-2=3<eos>"]
+LINES += ["2*3-2=6-2=<eos>", "2-2=0<eos>", "2*3=6<eos>", "<eos>", "=4<eos>", "6-2=6-2=4<eos>"]
+
+
+def test_the_address_describes_the_state(page, tmp_path):
+    """What is set comes back from its address, and an invalid divisor is refused."""
+    script = """
+      await go("p=4*7%2B3%3D&layer=2&t=1&q=3");
+      found.push([$("question").hidden, $("divisor-note").textContent]);
+      for (const value of ["0", "-3", "0.5", "", "51", "1e1"]) {
+        change("divisor", value, "change");
+        found.push([state.divisor, $("divisor").value, $("divisor-note").textContent !== ""]);
+      }
+      change("divisor", "12", "change");
+      press("a");
+      press("c");
+      press("n");
+      await wait(400);
+      const address = location.hash, set = JSON.stringify(state), said = $("answer").textContent;
+      found.push([address, $("divisor-note").textContent]);
+      await go("p=9-8%3D");
+      found.push([state.divisor, state.seed, state.view, state.layer, question]);
+      location.hash = address;
+      await wait(10);
+      found.push([JSON.stringify(state) === set, $("answer").textContent === said, questions.indexOf(question)]);
+      await go("p=4&divisor=0&seed=-1&q=9&asked=2");
+      found.push($("note").textContent);
+    """
+    opened, *refused, address, default, again, note = browse(tmp_path, page, script)
+    assert opened == [False, ""]
+    assert refused == [[7, "7", True]] * len(refused)
+    expected = "#p=4*7%2B3%3D&layer=2&t=1&model=other&view=normed&seed=2&divisor=12&q=3"
+    assert address == [expected, ""]
+    assert default == [7, 1, "raw", None, None] and again == [True, True, 2]
+    for wrong in ("divisor=0", "seed=-1", "q=9", "asked=2"):
+        assert f"Ignored: {wrong}." in note
+
+
+def test_an_empty_problem_clears_everything(page, tmp_path):
+    """Charts and details go; and the careful answer can be put into the grid."""
+    script = """
+      press("a");
+      $("use-careful").click();
+      found.push([state.text, $("answer").textContent, texts("#panels table:first-child tbody tr th:nth-child(2)").join("")]);
+      grid.point(2, 3);
+      tell_cell();
+      found.push([all("#curves *, #bars *").length > 0, $("inside").className, $("where").textContent !== ""]);
+      change("problem", "");
+      found.push([all("#curves *, #bars *, #detail *, #panels td").length, $("inside").className]);
+      found.push(["averaged", "rule", "where", "continued"].map(id => $(id).textContent.trim()));
+    """
+    careful, shown, cleared, texts = browse(tmp_path, page, script)
+    whole = "7+5*3-2=2*3-2=6-2=4<eos>"
+    assert careful == [whole, "", whole[1:].replace("<eos>", "eos")]
+    assert shown == [True, "on", True]
+    assert cleared == [0, ""] and texts == ["", "", "", ""]
+
+
 def test_a_text_as_long_as_the_context(page, tmp_path):
     text = ("4*7+3=1" * 40)[:256]
     script = f"""
@@ -574,24 +663,35 @@ def test_a_text_as_long_as_the_context(page, tmp_path):
 
 
 def test_a_guess_comes_first(page, tmp_path):
-    """Five questions, by their links; each waits for a guess, and then sets the page's state."""
+    """Six questions, by their links; each waits for a guess, and then sets the page's state."""
     script = """
-      for (let i = 1; i <= 5; i++) {
+      for (let i = 1; i <= 6; i++) {
         await go(`q=${i}`);
         found.push([$("asked").textContent, $("told").textContent, $("question").checkValidity(), document.activeElement.id]);
-        $("guess").value = "<b>my guess</b>";
+        change("guess", "<b>my guess</b>");
         $("question").requestSubmit();
         await wait(8000);
         found.push([$("guessed").textContent, $("told").textContent, $("why").textContent.length, location.hash]);
       }
       found.push(all("main b").length);
+      change("guess", "mine");
+      await go("q=2");
+      const other = $("guess").value;
+      await go("q=6");
+      found.push([other, $("guess").value, $("told").textContent]);
+      await go("p=4*7%3D");  // an address without a question closes it
+      found.push([$("question").hidden, location.hash]);
     """
-    *found, elements = browse(tmp_path, page, script, budget=200_000)
+    *found, elements, kept, closed = browse(tmp_path, page, script, budget=200_000)
     assert elements == 0
+    assert kept == ["<b>my guess</b>", "mine", ""]
+    assert closed == [True, "#p=4*7%3D&t=0&model=final&view=raw"]
+    options = [option in found[3][1] for option in ("(a)", "(b)", "(c)")]
+    assert options.count(True) == 1
     for i, (before, after) in enumerate(zip(found[::2], found[1::2], strict=True), 1):
         assert before[0].startswith(f"{i}. ") and before[1:] == ["", False, "guess"]
         assert after[0] == "Your guess: <b>my guess</b>" and after[1] not in ("", "Computing…")
-        assert after[2] > 50 and after[3].startswith("#p=")
+        assert after[2] > 50 and after[3].startswith("#p=") and after[3].endswith(f"&q={i}")
     models = page_models(page_data(page))
     for model, layer in ((models["final"], 2), (models["final"], None)):
         assert f'"{answer(model, "7+5*3-2=", layer)}"' in found[1][1]
@@ -601,14 +701,23 @@ def test_a_reader_with_a_phone_or_a_screen_reader(page, tmp_path):
     """Nothing is wider than 390 pixels, and each control has a name."""
     script = """
       grid.point(2, 3);
+      tell_cell();
       found.push([innerWidth, document.documentElement.scrollWidth]);
       found.push(all("input, select, button, svg, [tabindex]").filter(node =>
         !node.labels?.length && !node.getAttribute("aria-label") && !node.textContent.trim()).map(node => node.id));
       found.push(all("#panels table").every(table => table.caption && table.querySelector("th[scope=col]")));
+      scrollTo(0, 0);
+      for (let i = 0; i < 5; i++) press("ArrowDown", $("panels"));
+      const cell = document.querySelector("td.at").getBoundingClientRect(), panel = $("inside").getBoundingClientRect();
+      found.push([grid.at.position, cell.top > 0 && cell.bottom < panel.top, panel.bottom <= innerHeight, panel.height]);
+      scrollTo(0, 0);
+      found.push($("inside").getBoundingClientRect().top > innerHeight);  // it stays with the grid
     """
     fragment = "#p=7%2B5*3-2%3D&layer=1&t=1"
-    (inner, width), unnamed, headed = browse(tmp_path, page, script, fragment, phone=True)
+    sizes, unnamed, headed, moved, away = browse(tmp_path, page, script, fragment, phone=True)
+    inner, width = sizes
     assert width <= inner == 390 and unnamed == [] and headed
+    assert moved[:3] == [8, True, True] and moved[3] < 844 / 5 and away
 
 
 # ---- the command ----
@@ -623,6 +732,30 @@ def test_names_of_the_models(finished, copied):
     other.settings.algo = "grpo"
     assert analyze.live_labels(run, other)["other"] == "GRPO, final"
     assert analyze.live_labels(other, run)["phase1"] == "GRPO, after phase 1"
+
+
+def test_the_rule_and_its_margin(page, finished, tmp_path):
+    """What the run logged before RL, with standard errors; and the page says it."""
+    data = page_data(page)
+    rule = data["rule"]
+    logged = toy.read_metrics(finished, "internal")[0]
+    assert logged["step"] == 0 and data["target"] == 2 and data["chosen"]
+    np.testing.assert_allclose(rule["dH_mlp"], logged["dH_mlp"], atol=1e-5)
+    base = toy.load_model(finished / "base.pt")
+    for part, count in (rule, 64), (rule["more"], 512):
+        tokens, mask = toy.own_solutions(base, toy.read_settings(finished), count)
+        dH_mlp = minibupo.look_inside(base, tokens, mask)["dH_mlp"].numpy()
+        assert part["problems"] == count and part["positions"] == mask.sum()
+        np.testing.assert_allclose(part["dH_mlp"], dH_mlp.mean(1), atol=1e-5)
+        error = dH_mlp.std(1, ddof=1) / dH_mlp.shape[1] ** 0.5
+        np.testing.assert_allclose(part["sem"], error, atol=1e-5)
+    script = """found.push($("trained").textContent, texts("#measured td"));"""
+    said, cells = browse(tmp_path, page, script)
+    assert said.startswith("Phase 1 of this run trained layer 2. This layer was chosen by hand")
+    expected = []
+    for part in rule, rule["more"]:
+        expected += [f"{x:+.3f} ± {e:.3f}" for x, e in zip(part["dH_mlp"], part["sem"])]
+    assert [cell.replace("\u2212", "-") for cell in cells] == expected
 
 
 def test_what_rounding_changes(finished, monkeypatch):
