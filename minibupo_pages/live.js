@@ -172,7 +172,7 @@ function draw_inside(response) {  // the grid and the entropies of the text and 
   grid.paint(state.view);
   const who = state.asked ? policy_text() : "pi_theta at temperature 0";
   const rest = `From row ${tokens.length} on, the column "next" is the answer of ${who}, in the model "${model_label()}".`;
-  const prompt_rows = "The rows above the line are inside the problem: training asks no policy to predict them.";
+  const prompt_rows = "The rows above the line are inside the problem: training never scores what a policy says there.";
   $("continued").textContent = `${first > 0 ? prompt_rows : ""} ${response.length > 0 ? rest : ""}`;
   for (const id of ["averaged", "rule"]) $(id).textContent = "";
   for (const id of ["curves", "bars"]) {
@@ -237,7 +237,7 @@ function draw_bars() {
     draw(svg, "text", {x, y: bottom + 17, "text-anchor": "middle"}, name);
   });
   draw(svg, "text", {x: (left + right) / 2, y: bottom + 32, "text-anchor": "middle"}, "layer");
-  $("rule").textContent = named ? `▲ The rule names layer ${named}.` : "The rule names no layer.";
+  $("rule").textContent = named ? `▲ For this text and model the rule names layer ${named}.` : "The rule names no layer here.";
   const told = inside.dH_mlp.map(value => value.toFixed(2)).join(", ");
   svg.setAttribute("aria-label", `dH_FFN in nats of layers 1 to ${L}: ${told}. ${$("rule").textContent}`);
 }

@@ -89,9 +89,9 @@ const questions = [
       means that pi_theta has become confident.`,
   },
   {
-    ask: `Question 3 compared with pi_theta at a lower temperature. On ${CHAIN}, can the base model's layer ${L - 1} be correct
+    ask: `In question 3 a lower temperature of pi_theta closed the gap. On ${CHAIN}, can the base model's layer ${L - 1} be correct
       more often than pi_theta at any temperature? If so, does it know better how to solve the problem? Guess how many of
-      ${SAMPLES} sampled answers of layer ${L - 1} are correct, and in how many every line follows from the line before.`,
+      ${SAMPLES} sampled answers of layer ${L - 1} are correct, and in how many all lines are correct.`,
     state: {text: CHAIN, checkpoint: index_of("base"), layer: L - 1, temperature: 1, view: "raw"},
     tell: async () => {
       const parts = [];
