@@ -1,7 +1,7 @@
-"""minibupo.py against closed forms, brute-force loops and enumeration. Finite differences of the
-loss, and log-probabilities outside the mask, are in test_golden.py.
+"""minibupo.py is compared with closed forms, brute-force loops and enumeration. Finite differences
+of the loss, and log-probabilities outside the mask, are in test_golden.py.
 
-Where something is said to stay as it is, or not to be there at all, it is so bit for bit.
+What is said to stay unchanged is compared bit for bit.
 """
 
 import copy
@@ -22,7 +22,7 @@ POLICIES = [FULL, Policy(1), Policy(2), Policy(3), Policy(2, "attn_out"), Policy
 
 
 def rollouts(model, Q=6, G=4, seed=0, temperature=1.0):
-    """Ragged prompts, responses of unequal length; group 0 is all right, group 1 all wrong."""
+    """Prompts and responses of unequal length; group 0 is all correct, group 1 all incorrect."""
     g = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, 11, (Q, 6), generator=g)
     lengths = torch.randint(2, 7, (Q,), generator=g)
@@ -46,12 +46,12 @@ def same_bits(a, b):
 
 
 def sgd(model, lr=0.0):
-    """With rate 0 the weights, and so the gradient that update leaves, stay as they are."""
+    """SGD. With a rate of 0 an update leaves its gradient behind and moves no weight."""
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
 def adamw(model, warm=True):
-    """With moments from an update before, unless it is to be fresh."""
+    """AdamW. If warm, it has moments from an earlier update."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     if warm:
         minibupo.update(model, optimizer, rollouts(model, seed=99))
@@ -62,7 +62,7 @@ def adamw(model, warm=True):
 
 
 def test_response_mask_by_hand():
-    """Ends early, ends at the last place, never ends: EOS is in, nothing after it, no prompt."""
+    """One row ends early, one at the last position, one never. EOS counts, padding does not."""
     mask = minibupo.response_mask(torch.tensor([2, 3, 1]), torch.tensor([4, 6, 6]), 6)
     assert mask.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     docstring = minibupo.response_mask(torch.tensor([4]), torch.tensor([6]), 8)
@@ -88,7 +88,7 @@ CONTRACT += ["parameters", "eval", "generate", "truncated"]
 
 
 def test_any_model_that_keeps_the_contract():
-    """A function with the attributes that minibupo.py's docstring lists, and no other."""
+    """The model here is a function with only the attributes that minibupo.py's docstring lists."""
     gpt = tiny()
 
     def model(tokens):
@@ -129,7 +129,7 @@ def test_entropy_closed_forms():
 
 @pytest.mark.parametrize("V,scale", [(500, 80), (151_936, 1), (151_936, 30)])
 def test_entropy_against_float64(V, scale):
-    """Up to a real vocabulary, and logits so large that most of e^z is 0 in float32."""
+    """This holds up to a real vocabulary, and if most of e^z is 0 in float32."""
     z = torch.randn(8, V, generator=torch.Generator().manual_seed(0)) * scale
     expected = torch.distributions.Categorical(logits=z.double()).entropy()
     torch.testing.assert_close(minibupo.entropy(z).double(), expected, rtol=1e-4, atol=1e-4)
@@ -195,7 +195,7 @@ HUGE = math.exp(20)
     ],
 )
 def test_surrogate_of_one_token(advantage, log_ratio, objective, slope, cut):
-    """Value, d objective / d logp, and whether it counts as clipped."""
+    """Its value, its derivative by logp, and whether it counts as clipped."""
     logp = torch.tensor([[-1.0 + log_ratio]], dtype=torch.float64, requires_grad=True)
     old, A = torch.tensor([[-1.0]]).double(), torch.tensor([advantage]).double()
     loss, clipped = minibupo.surrogate(logp, old, A, torch.tensor([[True]]))
@@ -215,7 +215,7 @@ def test_nothing_outside_the_mask_matters():
 
 
 def test_the_two_averages_by_hand():
-    """Rows of 1, 3 and 0 tokens, ratio 1, A = 2, -1 and 5."""
+    """The rows have 1, 3 and 0 tokens, ratio 1, and advantages 2, -1 and 5."""
     mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
     zero, A = torch.zeros(3, 3), torch.tensor([2.0, -1.0, 5.0])
     for options, loss in (({}, -(2 - 3) / 4), ({"average": "sequence"}, -(2 - 1 + 0) / 3)):
@@ -227,7 +227,7 @@ def test_the_two_averages_by_hand():
 
 
 def plain_logprobs(model, batch, policy, temperature):
-    """log pi of the response's tokens, row by row: no mask, no padding."""
+    """log pi of the tokens of each response, computed row by row without mask or padding."""
     found = []
     for tokens, prompt_len, end in zip(batch.tokens, batch.prompt_len, batch.end):
         z = minibupo.policy_logits(model, tokens[None, : end - 1], policy)[0, prompt_len - 1 :]
@@ -240,7 +240,7 @@ DEFAULTS = dict(minibatches=4, advantage="grpo", average="token", clip=0.2, max_
 
 
 def plain_update(model, batch, policy, temperature=1.0, **options):
-    """update by gradient descent at rate 1, token by token as in Eq. 4: no row is left out."""
+    """update as gradient descent with rate 1, token by token as in Eq. 4, with all rows."""
     o = DEFAULTS | options
     A = minibupo.group_advantages(batch.rewards, o["advantage"]).flatten().tolist()
     old = [logp.detach() for logp in plain_logprobs(model, batch, policy, temperature)]
@@ -276,7 +276,7 @@ BATCH = dict(advantage="reinforce++", minibatches=3, clip=0.05, max_grad_norm=1e
 )
 @pytest.mark.parametrize("policy", POLICIES)
 def test_update_against_a_plain_loop(policy, options, chunk):
-    """Ratio, clip, averages, mini-batches, gradient norm: the same weights after it, and log."""
+    """Both give the same weights and the same log, for all policies and options."""
     ours, plain = (tiny(dtype=torch.float64, tied=False) for _ in range(2))
     batch = rollouts(ours, temperature=options.get("temperature", 1.0))
     log = minibupo.update(ours, sgd(ours, lr=1.0), batch, policy, **options, **chunk)
@@ -289,7 +289,7 @@ def test_update_against_a_plain_loop(policy, options, chunk):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("policy", POLICIES[1:])
 def test_gradient_flow_of_phase_1(policy, tied):
-    """Eq. 15, 16: nothing above l (of pi_ATTN^l nor in l's FFN), something below and in E_u."""
+    """Eq. 15, 16: no gradient above l (for pi_ATTN^l none in the FFN of l either), but below."""
     model = tiny(tied=tied)
     batch = rollouts(model)
     batch.tokens[batch.tokens == 8] = 7  # so that token 8 is never met
@@ -306,7 +306,7 @@ def test_gradient_flow_of_phase_1(policy, tied):
 
 
 def test_frozen_part_stays_bit_for_bit_in_phase_1_and_moves_in_phase_2():
-    """Weight decay, and momentum from a phase 2 before, included."""
+    """Neither weight decay nor momentum from an earlier phase 2 moves them."""
     model = tiny(tied=False)
     optimizer = adamw(model)
     before = weights(model)
@@ -321,7 +321,7 @@ def test_frozen_part_stays_bit_for_bit_in_phase_1_and_moves_in_phase_2():
 
 
 def test_no_step_without_advantages_and_none_that_is_not_finite():
-    """No gradient is no evidence: momentum and weight decay must not move the weights either."""
+    """Without a gradient, momentum and weight decay must not move the weights either."""
     model = tiny()
     optimizer, batch, before = adamw(model), rollouts(model), weights(model)
     log = minibupo.update(model, optimizer, batch._replace(rewards=torch.ones(6, 4)))
@@ -461,7 +461,7 @@ def test_another_default_device():
 
 @pytest.mark.parametrize("s_inter,stop", [(0, 5), (2, 5), (5, 5), (2, 1), (2, 2), (2, 3)])
 def test_algorithm_1_bit_for_bit(s_inter, stop):
-    """AdamW starts afresh at the switch only. A run stopped after a step resumes with the next."""
+    """AdamW is reset only at the switch. A run stopped after a step resumes with the next."""
     plain, model = tiny(), tiny()
     optimizer, expected = adamw(plain), []
     for step in range(1, 6):
@@ -483,7 +483,7 @@ def test_algorithm_1_bit_for_bit(s_inter, stop):
 
 @pytest.mark.parametrize("start,reset", [(1, [3]), (3, [3]), (4, [])])
 def test_moments_are_reset_immediately_before_phase_2(start, reset):
-    """Not before, and never later: a run that resumes in phase 2 keeps the moments it has."""
+    """Neither earlier nor later: a run that resumes in phase 2 keeps its moments."""
     optimizer, found = adamw(tiny()), []
     for step, policy in minibupo.phases(optimizer, Policy(2), 2, 6, start=start):
         if not optimizer.state:
@@ -500,7 +500,7 @@ def test_moments_are_reset_immediately_before_phase_2(start, reset):
 
 
 def inside_by_hand(model, traces, i, t):
-    """All that look_inside measures at position t of row i, each as a list over layers."""
+    """Everything that look_inside measures at position t of row i, as lists over layers."""
 
     def H(h):
         return -sum(p * math.log(p) for p in (model.lm_head.weight @ h).softmax(0).tolist())
@@ -549,7 +549,7 @@ def test_look_inside_against_a_float64_loop():
 
 
 def test_chunks_bound_the_memory_and_change_nothing():
-    """No more rows of tokens, or of logits, than a chunk; and none whose advantage is 0."""
+    """At most a chunk of rows or logits is computed at a time, and no row of advantage 0."""
     model, rows, logits = tiny(), [], []
     batch = rollouts(model)
     whole = minibupo.look_inside(model, batch.tokens, mask_of(batch))
@@ -601,7 +601,7 @@ def test_pass_at_k_counts_are_integers():
     ],
 )
 def test_shapes_that_would_broadcast(name, change):
-    """surrogate names both shapes."""
+    """surrogate refuses them and names both shapes."""
     mask = torch.ones(4, 5).bool()
     arrays = dict(logp=torch.zeros(4, 5), old_logp=torch.zeros(4, 5), advantages=torch.ones(4))
     arrays["mask"] = mask
@@ -616,7 +616,7 @@ def test_shapes_that_would_broadcast(name, change):
 
 @pytest.mark.parametrize("wrong", [lambda m: m[:, :-1], lambda m: m.int(), lambda m: m[:1]])
 def test_masks_of_another_shape_are_refused_where_they_come_in(wrong):
-    """A mask (N, T) as for Hugging Face's labels, too."""
+    """So is a mask (N, T), as Hugging Face's labels have it."""
     model = tiny()
     batch = rollouts(model)
     tokens, mask = batch.tokens, mask_of(batch)
@@ -650,7 +650,7 @@ BAD_OPTIONS += [dict(advantage="ppo"), dict(minibatches=0), dict(minibatches=7)]
 
 @pytest.mark.parametrize("change", BAD_ROLLOUTS + BAD_OPTIONS, ids=str)
 def test_what_update_refuses_changes_nothing(change):
-    """Neither weights nor .grad nor moments, though there is a gradient to lose."""
+    """Weights, gradients and moments are as before."""
     model = tiny()
     optimizer, batch = adamw(model), rollouts(model)
     before, moments = weights(model), copy.deepcopy(optimizer.state_dict())
@@ -673,7 +673,7 @@ def test_an_optimizer_of_another_model_is_refused():
 
 BAD_POLICIES = [Policy(4), Policy(-1), Policy(1, "resid_pre"), Policy(None, "attn_out")]
 BAD_POLICIES += [Policy(0, "attn_out"), Policy(4, "mlp_out")]
-CANNOT_BE = [
+INVALID = [
     *[lambda m, p=p: minibupo.policy_logits(m, torch.ones(1, 3).long(), p) for p in BAD_POLICIES],
     *[lambda _, d=d: minibupo.target_layer(d) for d in ([-0.1, -0.2, 0.3], [0.0, 0.0], [0.1])],
     *[lambda _, d=d: minibupo.target_layer(d) for d in ([0.1, math.nan, 0.3], [0.1, 0, math.nan])],
@@ -692,8 +692,8 @@ CANNOT_BE = [
 ]
 
 
-@pytest.mark.parametrize("call", CANNOT_BE)
-def test_what_cannot_be_is_refused_in_a_sentence(call):
+@pytest.mark.parametrize("call", INVALID)
+def test_invalid_input_is_refused_in_a_sentence(call):
     named = "layer|dH|site|advantage|rewards|average|minibatches|s_inter|positions|k <= n|eps|mask"
     with pytest.raises(ValueError, match=named):
         call(tiny())

@@ -71,7 +71,7 @@ def test_residual_and_policy_are_those_of_the_trace(model):
 
 @torch.no_grad()
 def test_our_block_is_qwen3():
-    """A random Qwen3 of transformers and GPT with its weights: stream, writes, logits to 1e-5."""
+    """GPT with the weights of a random Qwen3 of transformers: stream, writes, logits to 1e-5."""
     pytest.importorskip("trl", reason="the extra `hf` is not installed")
     from experiments import trl_peer
     from minibupo_hf.adapter import HFModel
@@ -87,7 +87,7 @@ def test_our_block_is_qwen3():
 
 
 def test_forward_against_a_loop_over_heads_and_positions(changes):
-    """One layer of attention, norms and SwiGLU by hand in float64, position by position."""
+    """One layer is computed by hand in float64, position by position."""
     model = tiny(n_layer=1, dtype=torch.float64, **changes)
     cfg, block, tokens = model.cfg, model.blocks[0], random_tokens(1, 6)
     attn, mlp, D, heads = block.attn, block.mlp, cfg.head_dim, cfg.n_head
@@ -132,7 +132,7 @@ def test_narrow_types_are_normed_and_sampled_in_float32():
 
 
 def test_fresh_weights_neither_favour_a_token_nor_let_depth_inflate_the_stream():
-    """Logits of about unit variance; what 2L modules write adds up to about the same for any L."""
+    """Logits have about unit variance; what 2L modules write adds up to the same for any L."""
     tokens, size = torch.randint(0, 500, (4, 20), generator=seeded()), {}
     for n_layer in (2, 32):
         torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_fresh_weights_neither_favour_a_token_nor_let_depth_inflate_the_stream()
 
 
 def test_greedy_rows_take_the_likeliest_tokens_until_eos_or_the_limit(model):
-    """By scoring whole rows, within rounding; also once rows that have ended are dropped."""
+    """Checked by scoring whole rows, also after rows that have ended are dropped."""
     prompt, lengths = random_tokens(5, 7), [7, 3, 5, 4, 6]
     options = dict(prompt_len=lengths, num_samples=2, pad_id=10, temperature=0)
     free = model.generate(prompt, 9, **options)
@@ -188,7 +188,7 @@ def test_samples_follow_the_policy(layer, temperature):
 
 @pytest.mark.parametrize("noise", [0.0, -0.0])
 def test_no_token_of_probability_zero_is_sampled(noise, monkeypatch):
-    """Not even where a device's Exponential(1) rounds to 0, whose logarithm is -inf."""
+    """Not even if Exponential(1) rounds to 0 on a device; its logarithm is -inf."""
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.fill_(noise))
     logits = torch.tensor([[0.0, -math.inf, 1.0]]).expand(5, 3)
     assert sample(logits, 1.0).tolist() == [2] * 5
@@ -234,7 +234,7 @@ BAD_PROMPTS = [dict(num_samples=0), dict(temperature=-1), dict(temperature=math.
 BAD_PROMPTS += [dict(pad_id=11), dict(pad_id=-1), dict(eos_id=11), dict(eos_id=[4, -1])]
 BAD_PROMPTS += [dict(eos_id=4.5)]
 BAD_PROMPTS += [dict(prompt_len=lengths) for lengths in ([1, 2, 10], [1, 0, 2], [1, 2])]
-CANNOT_BE = [
+INVALID = [
     *[lambda _, c=c: tiny(**c) for c in BAD_SIZES],
     *[lambda m, x=x: m(x) for x in BAD_TOKENS],
     *[lambda m, x=x: m.trace(x) for x in BAD_TOKENS],
@@ -245,7 +245,7 @@ CANNOT_BE = [
 ]
 
 
-@pytest.mark.parametrize("call", CANNOT_BE)
-def test_what_cannot_be_is_refused_in_a_sentence(call):
+@pytest.mark.parametrize("call", INVALID)
+def test_invalid_input_is_refused_in_a_sentence(call):
     with pytest.raises(ValueError, match="must be|does not divide|outside|longer than|outgrow"):
         call(tiny())
