@@ -561,7 +561,12 @@ def test_ctrl_c_is_one_line(copied, monkeypatch, capsys):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Path, "write_bytes", interrupted)
-    assert run("entropy", copied) == 130
+    # in the background of a shell, SIGINT would be ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("entropy", copied) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\nanalyze.py: stopped\n"
     assert os.listdir(copied / "figures") == ["entropy.json"]
 
