@@ -240,7 +240,7 @@ class HFModel(LanguageModel):
     @torch.no_grad()
     def _check_model(self):
         """Raise ValueError unless the exposed parts make up the model."""
-        tokens = torch.arange(8, device=self.device)[None] % self.vocab_size
+        tokens = _some_tokens(self.lm)
         with watching(self.blocks, lambda trace: None):  # refuses unknown kinds of blocks by name
             theirs = self.lm(input_ids=tokens, use_cache=False).logits
         h = self.residual(tokens, 0)
@@ -268,6 +268,11 @@ class HFModel(LanguageModel):
 
     def _require(self, a, b, what: str):
         require_close(a, b, f"{type(self.lm).__name__} cannot be opened: {what}")
+
+
+def _some_tokens(lm):
+    """Tokens (1, 8) on which a model is checked."""
+    return torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
 
 
 def require_close(a, b, otherwise: str):
@@ -360,7 +365,7 @@ def check_for_trl(lm):
     GPT-2, would count them from the padding.
     """
     name = f"{type(lm).__name__} cannot be trained by TRL"
-    tokens = torch.arange(8, device=lm.device)[None] % len(lm.get_output_embeddings().weight)
+    tokens = _some_tokens(lm)
     in_training = lm.train()(input_ids=tokens, use_cache=False).logits
     alone = lm.eval()(input_ids=tokens, use_cache=False).logits
     require_close(alone, in_training, f"{name}: it gives other logits in training mode")
@@ -398,8 +403,24 @@ def load(source, dtype: str = "float32", device="cpu"):
     """
     lm, tokenizer = load_lm(source, dtype)
     if hasattr(lm, "merge_and_unload"):
-        lm = lm.merge_and_unload().requires_grad_(True)
+        lm = _merged(lm.eval()).requires_grad_(True)
     return HFModel(lm.to(device)), tokenizer
+
+
+@torch.no_grad()
+def _merged(lm):
+    """The model that a PeftModel is. Raises ValueError if merging its weights gives another one.
+
+    It does if an adapter changes the embedding, and the unembedding is tied to it.
+    """
+    tokens = _some_tokens(lm)
+    wanted = lm(input_ids=tokens, use_cache=False).logits
+    lm = lm.merge_and_unload()
+    merged = lm(input_ids=tokens, use_cache=False).logits
+    require_same_spread(
+        wanted, merged, "the adapter cannot be merged into its model: logits change"
+    )
+    return lm
 
 
 def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, **options):

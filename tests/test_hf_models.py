@@ -10,8 +10,11 @@ import torch
 
 pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
 
-from minibupo_hf.adapter import check_for_trl, remove_dropout
-from tests.test_hf import OPEN, build
+import peft
+import transformers
+
+from minibupo_hf.adapter import check_for_trl, load, remove_dropout
+from tests.test_hf import OPEN, TIED, TOKENS, build, save
 
 # ---- models that TRL can train -------------------------------------------------------------------
 
@@ -29,3 +32,31 @@ def test_missing_positions_are_found_in_bfloat16():
     remove_dropout(lm)
     with pytest.raises(ValueError, match="padding on the left changes its logits"):
         check_for_trl(lm)
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+def save_adapter(path, base, modules):
+    """The PeftModel of a saved base model, with an adapter that has learned something (random)."""
+    config = peft.LoraConfig(target_modules=modules, task_type="CAUSAL_LM", r=2)
+    torch.manual_seed(5)
+    lm = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    for name, p in lm.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    lm.save_pretrained(path)
+    return lm.eval()
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens", "q_proj"], ["lm_head"]])
+def test_an_adapter_of_tied_embeddings_is_refused(tmp_path, modules):
+    """Merging would change both the embedding and the unembedding. An untied model is right."""
+    base = save(tmp_path / "base", build(**TIED))
+    save_adapter(tmp_path / "adapter", base, modules)
+    with pytest.raises(ValueError, match="the adapter cannot be merged into its model"):
+        load(tmp_path / "adapter")
+    save(base, build("Llama"))
+    wanted = save_adapter(tmp_path / "adapter", base, modules)(TOKENS).logits
+    merged = load(tmp_path / "adapter")[0](TOKENS)
+    torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-4)
