@@ -448,6 +448,8 @@ def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, *
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
         elif (path / "adapter_config.json").exists():
+            if any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+                raise ValueError("it has a whole model and an adapter: delete one of them")
             return adapter()
         tokenizer = _load_tokenizer(source, **file)
         # asked of the hub only now that it has answered: without a network it tries for long

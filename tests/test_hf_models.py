@@ -60,3 +60,13 @@ def test_an_adapter_of_tied_embeddings_is_refused(tmp_path, modules):
     wanted = save_adapter(tmp_path / "adapter", base, modules)(TOKENS).logits
     merged = load(tmp_path / "adapter")[0](TOKENS)
     torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_directory_with_a_model_and_an_adapter_is_refused(tmp_path):
+    """It is unknown which of two runs with the same output_dir is meant."""
+    base = save(tmp_path, build(**TIED))
+    save_adapter(tmp_path, base, ["q_proj"])
+    with pytest.raises(ValueError, match="it has a whole model and an adapter: delete one of them"):
+        load(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert torch.equal(load(tmp_path)[0](TOKENS), build(**TIED).eval()(TOKENS).logits)
