@@ -240,6 +240,7 @@ class HFModel(LanguageModel):
     @torch.no_grad()
     def _check_model(self):
         """Raise ValueError unless the exposed parts make up the model."""
+        _require_finite_weights(self.lm)
         tokens = _some_tokens(self.lm)
         with watching(self.blocks, lambda trace: None):  # refuses unknown kinds of blocks by name
             theirs = self.lm(input_ids=tokens, use_cache=False).logits
@@ -282,8 +283,18 @@ def require_close(a, b, otherwise: str):
     median, because a few dimensions of a stream can be 1000 times as large as the others.
     """
     close = torch.finfo(a.dtype).eps ** 0.5
-    if a.shape != b.shape or not torch.allclose(a, b, close, close * float(a.abs().median())):
+    size = float(a.abs().median())
+    if not math.isfinite(size):
+        raise ValueError("the model computes numbers that are not finite")
+    if a.shape != b.shape or not torch.allclose(a, b, close, close * size):
         raise ValueError(otherwise)
+
+
+def _require_finite_weights(lm):
+    """Raise ValueError if a weight is NaN or infinite."""
+    for name, weight in lm.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} of {type(lm).__name__} has weights that are not finite")
 
 
 def require_same_spread(a, b, otherwise: str):
@@ -365,6 +376,7 @@ def check_for_trl(lm):
     GPT-2, would count them from the padding.
     """
     name = f"{type(lm).__name__} cannot be trained by TRL"
+    _require_finite_weights(lm)
     tokens = _some_tokens(lm)
     in_training = lm.train()(input_ids=tokens, use_cache=False).logits
     alone = lm.eval()(input_ids=tokens, use_cache=False).logits
@@ -413,6 +425,7 @@ def _merged(lm):
 
     It does if an adapter changes the embedding, and the unembedding is tied to it.
     """
+    _require_finite_weights(lm)
     tokens = _some_tokens(lm)
     wanted = lm(input_ids=tokens, use_cache=False).logits
     lm = lm.merge_and_unload()

@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 import peft
 import transformers
 
-from minibupo_hf.adapter import check_for_trl, load, remove_dropout
+from minibupo_hf.adapter import HFModel, check_for_trl, load, remove_dropout
 from tests.test_hf import OPEN, TIED, TOKENS, build, save
 
 # ---- models that TRL can train -------------------------------------------------------------------
@@ -32,6 +32,26 @@ def test_missing_positions_are_found_in_bfloat16():
     remove_dropout(lm)
     with pytest.raises(ValueError, match="padding on the left changes its logits"):
         check_for_trl(lm)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value):
+    """Whether they show in the logits of the check, as one of the norm does, or not."""
+    for name in "model.norm", "model.embed_tokens":
+        lm = build("Llama")
+        lm.get_submodule(name).weight.data[-1] = value
+        for check in HFModel, check_for_trl:
+            with pytest.raises(ValueError, match=f"{name}.weight of .* not finite"):
+                check(lm)
+
+
+def test_numbers_that_overflow():
+    lm = build("Llama").half()
+    lm.model.embed_tokens.weight.data[:] = 60000
+    lm.lm_head.weight.data[:] = 60000
+    for check in HFModel, check_for_trl:
+        with pytest.raises(ValueError, match="computes numbers that are not finite"):
+            check(lm)
 
 
 # ---- adapters ------------------------------------------------------------------------------------
