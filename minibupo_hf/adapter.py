@@ -588,13 +588,13 @@ def _check_gguf(path: Path, lm):
 def encode_text(tokenizer, text: str, special=True) -> list[int]:
     """Token ids of a text, without a last EOS. With `special` the tokenizer may put a BOS first.
 
-    Raises ValueError if they do not decode to this text.
+    Raises ValueError if they do not decode to this text, or to something that ends with it.
     """
     ids = tokenizer(text, add_special_tokens=special).input_ids
     if special and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     decoded = _text_of(tokenizer, ids)
-    if text not in decoded:
+    if not decoded.endswith(text):
         raise ValueError(f"the tokenizer reads {text!r} as {decoded!r}")
     return ids
 

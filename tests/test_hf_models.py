@@ -5,6 +5,8 @@ All models are tiny and random. Nothing is downloaded.
 
 # ruff: noqa: E402 - imports come after the check that the extra is there
 
+import copy
+
 import pytest
 import torch
 
@@ -12,9 +14,10 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 
 import peft
 import transformers
+from tokenizers.processors import TemplateProcessing
 
-from minibupo_hf.adapter import HFModel, check_for_trl, load, remove_dropout
-from tests.test_hf import OPEN, TIED, TOKENS, build, save
+from minibupo_hf.adapter import HFModel, check_for_trl, encode_text, load, remove_dropout
+from tests.test_hf import OPEN, TIED, TOKENIZER, TOKENS, build, save
 
 # ---- models that TRL can train -------------------------------------------------------------------
 
@@ -90,3 +93,20 @@ def test_a_directory_with_a_model_and_an_adapter_is_refused(tmp_path):
         load(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     assert torch.equal(load(tmp_path)[0](TOKENS), build(**TIED).eval()(TOKENS).logits)
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_puts_a_token_after_a_text_is_refused():
+    """Other than EOS, which is taken away."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    for last, wanted in ("<eos>", [1, 10]), ("=", None):
+        special = [(last, tokenizer.convert_tokens_to_ids(last))]
+        after = TemplateProcessing(f"$A {last}", special_tokens=special)
+        tokenizer.backend_tokenizer.post_processor = after
+        if wanted:
+            assert encode_text(tokenizer, "1+") == wanted
+        else:
+            with pytest.raises(ValueError, match=r"the tokenizer reads '1\+' as '1\+='"):
+                encode_text(tokenizer, "1+")
