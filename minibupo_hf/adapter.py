@@ -599,18 +599,32 @@ def encode_text(tokenizer, text: str, special=True) -> list[int]:
     return ids
 
 
-def apply_template(tokenizer, messages) -> str:
-    """The text of a chat, up to where the response begins.
+def apply_template(tokenizer, messages, **options) -> str:
+    """The text of a chat, up to where the response begins; `options` are the chat template's.
 
-    Raises ValueError if its last message is not in it, or if the chat template fails.
+    Raises ValueError if the content of a message is not in it, or if the chat template fails.
     """
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"the chat template needs messages with a text, not {message!r}")
+    text = _rendered(tokenizer, messages, options)
+    # A short content may be in the text by chance. So the place of each is also marked.
+    marks = [f"message-{i}-" for i in range(len(messages))]
+    marked = [message | {"content": mark} for message, mark in zip(messages, marks)]
+    marked = _rendered(tokenizer, marked, options)
+    for message, mark in zip(messages, marks):
+        if message["content"] not in text or mark not in marked:
+            raise ValueError(f"the chat template makes {text!r} of {message['content']!r}")
+    return text
+
+
+def _rendered(tokenizer, messages, options) -> str:
+    """What the chat template makes of messages. Raises ValueError if it fails."""
+    options = options | dict(tokenize=False, add_generation_prompt=True)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template fails: {one_line(error)}") from error
-    if messages[-1]["content"] not in text:
-        raise ValueError(f"the chat template makes {text!r} of {messages[-1]['content']!r}")
-    return text
 
 
 def encode_chat(tokenizer, prompt: str, response: str):

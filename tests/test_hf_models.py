@@ -16,7 +16,14 @@ import peft
 import transformers
 from tokenizers.processors import TemplateProcessing
 
-from minibupo_hf.adapter import HFModel, check_for_trl, encode_text, load, remove_dropout
+from minibupo_hf.adapter import (
+    HFModel,
+    apply_template,
+    check_for_trl,
+    encode_text,
+    load,
+    remove_dropout,
+)
 from tests.test_hf import OPEN, TIED, TOKENIZER, TOKENS, build, save
 
 # ---- models that TRL can train -------------------------------------------------------------------
@@ -110,3 +117,50 @@ def test_a_tokenizer_that_puts_a_token_after_a_text_is_refused():
         else:
             with pytest.raises(ValueError, match=r"the tokenizer reads '1\+' as '1\+='"):
                 encode_text(tokenizer, "1+")
+
+
+def chat(*contents):
+    """Messages with these contents, of a system, a user, an assistant and a user."""
+    roles = ["system", "user", "assistant", "user"][-len(contents) :]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+ALL = "{% for m in messages %}{{ m.content }}={% endfor %}"
+NO_SYSTEM = ALL.replace("{{", "{% if m.role != 'system' %}{{").replace("}}", "}}{% endif %}")
+LAST = "{{ messages[-1].content }}="
+BOILERPLATE = "1+2={% if not messages %}{{ messages[0].content }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template,contents,missing",
+    [
+        (NO_SYSTEM, ["7", "1", "2", "3"], "7"),
+        (LAST, ["1", "2", "3"], "1"),
+        (LAST, ["3", "2", "3"], "3"),  # the last one hides it
+        (BOILERPLATE, ["2"], "2"),
+    ],
+)
+def test_a_chat_template_keeps_every_message(template, contents, missing):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = ALL
+    whole = "=".join([*contents, ""])
+    assert apply_template(tokenizer, chat(*contents)) == whole
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"the chat template makes '.*' of '{missing}'"):
+        apply_template(tokenizer, chat(*contents))
+
+
+def test_a_chat_template_gets_its_options():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = ALL + "{% if thinking %}-{% endif %}"
+    assert apply_template(tokenizer, chat("1")) == "1="
+    assert apply_template(tokenizer, chat("1"), thinking=True) == "1=-"
+
+
+@pytest.mark.parametrize("content", [None, 5, [{"type": "text", "text": "1+1="}]])
+def test_a_message_whose_content_is_no_text(content):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = ALL
+    for messages in chat("1", content), chat(content, "1", "2"), [{"role": "user"}], [None]:
+        with pytest.raises(ValueError, match="the chat template needs messages with a text"):
+            apply_template(tokenizer, messages)
