@@ -150,7 +150,8 @@ class PretrainedModel:
         self.checkpoint = Path(source).name.removesuffix(".gguf")
         self.checkpoints = [self.checkpoint]
         self.folder = Path(folder or Path("out") / self.checkpoint / "figures")
-        self.eos_id = tokenizer.eos_token_id
+        # Without an EOS of the tokenizer, a response ends with those of generation_config only.
+        self.eos_id = [] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.response_limit = ANSWER_TOKENS
         self.encode = partial(encode_chat, tokenizer)
         self.decode = tokenizer.decode

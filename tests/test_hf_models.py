@@ -16,6 +16,7 @@ import peft
 import transformers
 from tokenizers.processors import TemplateProcessing
 
+import analyze
 from minibupo_hf.adapter import (
     HFModel,
     apply_template,
@@ -100,6 +101,20 @@ def test_a_directory_with_a_model_and_an_adapter_is_refused(tmp_path):
         load(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     assert torch.equal(load(tmp_path)[0](TOKENS), build(**TIED).eval()(TOKENS).logits)
+
+
+def test_a_tokenizer_without_eos_leaves_the_ends_of_generation_config(tmp_path):
+    lm = build(**TIED)
+    prompt = TOKENS[:1, :4]
+    said = HFModel(lm).generate(prompt, 6, temperature=0).tokens[0, 4:].tolist()
+    lm.generation_config.eos_token_id = said[2]
+    save(tmp_path, lm)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    subject = analyze.PretrainedModel(tmp_path, device="cpu")
+    found = subject.model.generate(prompt, 6, temperature=0, eos_id=subject.eos_id)
+    assert found.end.item() == 4 + said.index(said[2]) + 1 < 10
 
 
 # ---- texts ---------------------------------------------------------------------------------------
