@@ -446,28 +446,24 @@ def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, *
     path = Path(source)
     try:
         import transformers
-        from transformers.utils import find_adapter_config_file
+        from transformers.utils import has_file
 
         if path.suffix == ".gguf":
             import gguf  # noqa: F401 - transformers reads such a file with it
     except ImportError as error:
         raise ImportError(f'{error}: pip install -e ".[hf]"') from None
     file = {"revision": revision, "trust_remote_code": trust_remote_code}
-    adapter = partial(_load_adapter, str(source), dtype, **file, **options)
     try:
         if path.suffix == ".gguf":
             file = {"gguf_file": path.name}
             source = str(path.parent)
         elif path.is_file():
             raise ValueError("of single files only a .gguf one can be read")
-        elif (path / "adapter_config.json").exists():
+        elif has_file(str(source), "adapter_config.json", revision=revision):
             if any(path.glob("model*.safetensors")) or any(path.glob("pytorch_model*.bin")):
                 raise ValueError("it has a whole model and an adapter: delete one of them")
-            return adapter()
+            return _load_adapter(str(source), dtype, **file, **options)
         tokenizer = _load_tokenizer(source, **file)
-        # asked of the hub only now that it has answered: without a network it tries for long
-        if not path.exists() and find_adapter_config_file(str(source), revision=revision):
-            return adapter()
         options |= dict(dtype=dtype, output_loading_info=True)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(source, **file, **options)
         _refuse_keys(report["missing_keys"], report["unexpected_keys"])
@@ -478,19 +474,21 @@ def load_lm(source, dtype="float32", revision="main", trust_remote_code=False, *
     return lm, tokenizer
 
 
-def _load_adapter(source: str, dtype: str, revision: str, **options):
+def _load_adapter(source: str, dtype: str, revision: str, trust_remote_code: bool, **options):
     """(PeftModel that can be trained, tokenizer) of an adapter, on the base model that it names."""
     import peft
+    from transformers.utils import has_file
 
     config = peft.PeftConfig.from_pretrained(source, revision=revision)
     base = config.base_model_name_or_path
-    lm, tokenizer = load_lm(base, dtype, config.revision or "main", **options)
+    lm, tokenizer = load_lm(base, dtype, config.revision or "main", trust_remote_code, **options)
     given = {"is_trainable": True, "revision": revision}
     lm = peft.PeftModel.from_pretrained(lm, source, **given)
     report = lm.load_adapter(source, "default", **given)  # the same again, now with a report
     _refuse_keys(report.missing_keys, report.unexpected_keys)
-    if Path(source, "tokenizer_config.json").exists():
-        tokenizer = _load_tokenizer(source)
+    if has_file(source, "tokenizer_config.json", revision=revision):
+        file = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = _load_tokenizer(source, **file)
     return lm, tokenizer
 
 

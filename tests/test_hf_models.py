@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
 
+import huggingface_hub
 import peft
 import transformers
 from tokenizers.processors import TemplateProcessing
@@ -101,6 +102,28 @@ def test_a_directory_with_a_model_and_an_adapter_is_refused(tmp_path):
         load(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     assert torch.equal(load(tmp_path)[0](TOKENS), build(**TIED).eval()(TOKENS).logits)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_adapter_from_the_hub(tmp_path, monkeypatch, with_tokenizer):
+    """It is in the cache, as after a download. Its own tokenizer and chat template are used."""
+    base = save(tmp_path / "base", build(**TIED))
+    snapshot = tmp_path / "models--me--adapter" / "snapshots" / "abc"
+    wanted = save_adapter(snapshot, base, ["q_proj"])(TOKENS).logits
+    if with_tokenizer:
+        tokenizer = copy.deepcopy(TOKENIZER)
+        tokenizer.chat_template = ALL
+        tokenizer.save_pretrained(snapshot)
+    for name, text in ("refs/main", "abc"), (".no_exist/abc/config.json", ""):
+        file = tmp_path / "models--me--adapter" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    for name in "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE":
+        monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model, tokenizer = load("me/adapter")
+    torch.testing.assert_close(model(TOKENS), wanted, rtol=1e-4, atol=1e-4)
+    assert tokenizer.chat_template == (ALL if with_tokenizer else None)
 
 
 def test_a_tokenizer_without_eos_leaves_the_ends_of_generation_config(tmp_path):
