@@ -526,7 +526,15 @@ def _finish_gguf(path: Path, lm):
 
     Raises ValueError if the file says more than transformers has read into lm.
     """
-    _check_gguf(path, lm)
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    _check_gguf(reader, lm)
+    _check_gguf_tokenizer(reader)
+    if "tokenizer.ggml.eot_token_id" in reader.fields:  # it ends a turn of a chat
+        ends = as_list(lm.generation_config.eos_token_id)
+        ends.append(reader.fields["tokenizer.ggml.eot_token_id"].contents())
+        lm.generation_config.eos_token_id = sorted(set(ends))
     lm.name_or_path = str(path)  # under which an adapter finds its base model
     # Its weights are already dequantised, but Trainer would still treat them as quantised.
     lm.is_quantized = False
@@ -535,11 +543,24 @@ def _finish_gguf(path: Path, lm):
         vars(config).pop("quantization_config", None)
 
 
-def _check_gguf(path: Path, lm):
-    """Raise ValueError if a GGUF file says more than transformers has read into lm."""
-    import gguf
+def _check_gguf_tokenizer(reader):
+    """Raise ValueError if transformers does not know how a byte-level tokenizer splits a text.
 
-    reader = gguf.GGUFReader(path)
+    It would split it as GPT-2 does. "smollm" (SmolLM2) is accepted although it differs: it first
+    splits each number into its digits. Older files do not say how they split.
+    """
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+    fields = reader.fields
+    if "tokenizer.ggml.pre" not in fields or fields["tokenizer.ggml.model"].contents() != "gpt2":
+        return
+    split = fields["tokenizer.ggml.pre"].contents()
+    if split not in {"gpt-2", "smollm", *mapping.GGUF_PRE_TOKENIZER_SPLITS}:
+        raise ValueError(f"it says tokenizer.ggml.pre = {split}, which transformers does not read")
+
+
+def _check_gguf(reader, lm):
+    """Raise ValueError if a GGUF file says more than transformers has read into lm."""
     prefix = reader.fields["general.architecture"].contents() + "."
     config = lm.config
     rope = getattr(config, "rope_parameters", None) or {}

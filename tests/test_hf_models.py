@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
 
+import gguf
 import huggingface_hub
 import peft
 import transformers
@@ -26,7 +27,7 @@ from minibupo_hf.adapter import (
     load,
     remove_dropout,
 )
-from tests.test_hf import OPEN, TIED, TOKENIZER, TOKENS, build, save
+from tests.test_hf import OPEN, TIED, TOKENIZER, TOKENS, build, save, write_gguf
 
 # ---- models that TRL can train -------------------------------------------------------------------
 
@@ -138,6 +139,29 @@ def test_a_tokenizer_without_eos_leaves_the_ends_of_generation_config(tmp_path):
     subject = analyze.PretrainedModel(tmp_path, device="cpu")
     found = subject.model.generate(prompt, 6, temperature=0, eos_id=subject.eos_id)
     assert found.end.item() == 4 + said.index(said[2]) + 1 < 10
+
+
+# ---- GGUF files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["qwen2", "llama-bpe", "gpt-2", "smollm", "default", "new"])
+def test_a_gguf_tokenizer(tmp_path, monkeypatch, split):
+    """One that transformers cannot split as the file says is refused. The end of a turn is an end."""
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self):
+            self.add_tokenizer_pre(split)
+            self.add_eos_token_id(7)
+            self.add_eot_token_id(5)
+            super().write_header_to_file()
+
+    monkeypatch.setattr(gguf, "GGUFWriter", Writer)
+    path = write_gguf(tmp_path / "a.gguf", build("Llama", rms_norm_eps=1e-5))
+    if split in ("default", "new"):
+        with pytest.raises(ValueError, match=f"tokenizer.ggml.pre = {split}, which transformers"):
+            load(path)
+    else:
+        assert load(path)[0].eos_ids == [5, 7]
 
 
 # ---- texts ---------------------------------------------------------------------------------------
