@@ -48,8 +48,16 @@ AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "num
 AT_LEAST_1 += ["steps_per_generation", "num_generations", "max_completion_length"]
 
 
+# what says how many optimizer steps phase 1 takes, and where in it a checkpoint lies
+COUNTING = ["bupo_steps", "steps_per_generation", "gradient_accumulation_steps", "num_iterations"]
+
+
 class NoLayerError(ValueError):
     """The paper's rule names no layer for this model."""
+
+
+class ResumeError(ValueError):
+    """A run cannot be resumed from this checkpoint, or not with these settings."""
 
 
 @dataclass
@@ -82,6 +90,10 @@ class BuPOConfig(GRPOConfig):
         super().__post_init__()
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                "neftune_noise_alpha is not for BuPOTrainer: its noise is in the ratio"
+            )
         if self.bupo_steps == 0:
             return
         if self.use_vllm and self.off_policy_mask_threshold is not None:
@@ -122,6 +134,7 @@ class BuPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.add_callback(AtTheStart(self))
         self.layer = self.args.bupo_layer
         self.phase = 2
         self._count_minibatches()
@@ -136,7 +149,6 @@ class BuPOTrainer(GRPOTrainer):
             self._name = GRPOTrainer._name  # for the model card
             self._paper = GRPOTrainer._paper
             return
-        self.add_callback(AtTheStart(self))
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
@@ -180,11 +192,40 @@ class BuPOTrainer(GRPOTrainer):
         batch of rollouts would use the next one too long. Now it samples this batch anew, and uses
         it for the mini-batches that remain.
         """
+        if optimizer_steps >= self.state.max_steps:
+            raise ResumeError(
+                f"the checkpoint has {optimizer_steps} steps, and the run ends after "
+                f"{self.state.max_steps}: no step remains"
+            )
+        self._check_settings(optimizer_steps)
+        if self.args.bupo_steps == 0:
+            return
         steps = self.args.gradient_accumulation_steps
         epochs, rest = divmod(optimizer_steps, math.ceil(self.epoch / steps))
         self._step = epochs * self.epoch + rest * steps
         self._buffered_inputs = None
         self.layer = self.args.bupo_layer
+
+    def _check_settings(self, optimizer_steps: int):
+        """Note in the log the settings by which phase 1 is counted.
+
+        Raises ResumeError if a resumed run has noted others, because its phases would be wrong.
+        """
+        ours = {"bupo_steps": 0}
+        if self.args.bupo_steps:
+            ours = {name: getattr(self.args, name) for name in COUNTING}
+            ours["mini-batches of an epoch"] = self.epoch
+        history = self.state.log_history
+        if optimizer_steps == 0:
+            history.append({"bupo/settings": ours, "step": 0})
+        logged = [log["bupo/settings"] for log in history if "bupo/settings" in log]
+        noted = logged[0] if logged else {"bupo_steps": 0}
+        for name, value in ours.items():
+            if noted[name] != value:
+                raise ResumeError(
+                    f"the checkpoint is of a run with {name} = {noted[name]}, which cannot be "
+                    f"resumed with {value}, because phase 1 would have another length"
+                )
 
     def _generate_and_score_completions(self, inputs):
         # The phase is fixed when the rollouts are generated, and holds for all steps on them. So

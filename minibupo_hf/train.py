@@ -12,6 +12,7 @@ out for evaluation.
 
 import os
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass, field
 
@@ -168,6 +169,15 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     return encode_text(tokenizer, apply_template(tokenizer, prompt), special=False)
 
 
+def check_output(directory):
+    """Raise ValueError unless files can be written into the directory, which is made."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ValueError(f"cannot write into output_dir {directory}: {error}") from error
+
+
 def make_trainer(argv):
     """(BuPOTrainer, BuPOConfig): everything up to training.
 
@@ -186,6 +196,8 @@ def make_trainer(argv):
     for package in config.report_to:
         if package not in get_available_reporting_integrations():
             raise ImportError(f"report_to {package}: it is not installed")
+    if config.should_save:
+        check_output(config.output_dir)
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
     lm, tokenizer = load_lm(
         model.model_name_or_path,
@@ -260,12 +272,12 @@ def main(argv=None) -> int:
         return refused(error)
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()  # trainer_state.json, with the reward curve
     except (ValueError, ImportError, OSError) as error:
         if not is_about_input(error):
             raise
         return refused(error)
-    trainer.save_model()
-    trainer.save_state()  # trainer_state.json, with the reward curve
     if trainer.is_world_process_zero():
         print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
     return 0
@@ -285,11 +297,11 @@ def is_about_input(error: Exception) -> bool:
 
     Some options are read only in the first step: then a library says what is wrong with them.
     """
-    from minibupo_hf.bupo_trainer import NoLayerError
+    from minibupo_hf.bupo_trainer import NoLayerError, ResumeError
 
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # where it was raised
     library = frame.f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, NoLayerError | OSError) or library in LIBRARIES
+    return isinstance(error, NoLayerError | ResumeError | OSError) or library in LIBRARIES
 
 
 if __name__ == "__main__":

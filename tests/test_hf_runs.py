@@ -1,0 +1,104 @@
+"""minibupo_hf/: what a run may be resumed from, and settings that are refused.
+
+Models, data and trainers are those of test_hf.py.
+"""
+
+# ruff: noqa: E402 - imports come after the check that the extra is there
+
+import gc
+
+import pytest
+
+pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
+
+import minibupo_hf.train
+from tests.test_hf import TIED, build, save
+from tests.test_hf_train import arguments
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), build(**TIED))
+
+
+@pytest.fixture
+def main(base, tmp_path, capsys, monkeypatch):
+    """A function that runs the command line with options, and returns what it says on error."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # half of the time, otherwise
+
+    def run(**options):
+        capsys.readouterr()
+        words = arguments(options.pop("model", base), tmp_path / "out", **options)
+        status = minibupo_hf.train.main(words)
+        error = capsys.readouterr().err.strip()
+        if status == 0:
+            return None
+        last = error.splitlines()[-1]
+        assert status == 2 and last.startswith("minibupo_hf.train: ")
+        return last.removeprefix("minibupo_hf.train: ")
+
+    return run
+
+
+SAVED = dict(save_strategy="steps", save_steps=2)
+
+
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(steps_per_generation=2),
+        dict(num_iterations=2),
+        dict(gradient_accumulation_steps=2),
+        dict(bupo_steps=1),
+        dict(bupo_steps=0),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_count_of_phase_1(main, tmp_path, changed):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    options = SAVED | dict(bupo_steps=2)
+    assert main(max_steps=2, **options) is None
+    options |= dict(max_steps=3, resume_from_checkpoint=checkpoint)
+    said = main(**(options | changed))
+    [(name, value)] = changed.items()
+    assert said.startswith(f"the checkpoint is of a run with {name} = ")
+    assert f"cannot be resumed with {value}, because phase 1" in said
+    assert main(**options) is None
+
+
+def test_a_run_of_grpo_is_not_resumed_as_bupo(main, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert main(max_steps=2, bupo_steps=0, **SAVED) is None
+    said = main(max_steps=3, bupo_steps=4, resume_from_checkpoint=checkpoint)
+    assert "run with bupo_steps = 0, which cannot be resumed with 4" in said
+    assert main(max_steps=3, bupo_steps=0, resume_from_checkpoint=checkpoint) is None
+
+
+@pytest.mark.parametrize("bupo_steps", [0, 1])
+def test_a_finished_run_is_not_resumed(main, tmp_path, bupo_steps):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert main(max_steps=2, bupo_steps=bupo_steps, **SAVED) is None
+    for max_steps in 1, 2:
+        options = dict(max_steps=max_steps, bupo_steps=bupo_steps)
+        said = main(resume_from_checkpoint=checkpoint, **options)
+        assert said == (
+            f"the checkpoint has 2 steps, and the run ends after {max_steps}: no step remains"
+        )
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bupo_steps", [0, 1])
+def test_noise_on_the_embedding_is_refused(main, bupo_steps):
+    assert "neftune_noise_alpha" in main(neftune_noise_alpha=5, bupo_steps=bupo_steps)
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_training(main, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert main().startswith("cannot write into output_dir ")
