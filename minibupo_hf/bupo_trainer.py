@@ -88,6 +88,8 @@ class BuPOConfig(GRPOConfig):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
+        if isinstance(self.bupo_layer, bool) or not isinstance(self.bupo_layer, int | None):
+            raise ValueError(f"bupo_layer must be a whole number, not {self.bupo_layer!r}")
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
         if self.neftune_noise_alpha:
@@ -127,11 +129,6 @@ class BuPOTrainer(GRPOTrainer):
     ValueError for an invalid layer and, except under DeepSpeed, for a model that HFModel refuses.
     """
 
-    # TRL writes these into the card of the model
-    _name = "BuPO"
-    _tag_names = ["trl", "grpo", "bupo"]
-    _paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(AtTheStart(self))
@@ -146,17 +143,32 @@ class BuPOTrainer(GRPOTrainer):
         if whole:
             check_for_trl(lm)
         if self.args.bupo_steps == 0:
-            self._name = GRPOTrainer._name  # for the model card
-            self._paper = GRPOTrainer._paper
             return
+        # TRL writes these into the card of the model
+        self._name = "BuPO"
+        self._tag_names = [*self._tag_names, "bupo"]
+        self._paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
+        lm.add_model_tags("bupo")
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
+        if self.layer is not None:
+            self._check_trainable(self.layer)
         if self.is_deepspeed_enabled and self.args.weight_decay:
             # DeepSpeed gives weights without a gradient one of 0
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
         if whole:
             HFModel(lm)  # raises what it refuses
+
+    def _check_trainable(self, layer: int):
+        """Raise NoLayerError if phase 1 of this layer has nothing to train."""
+        lm = self.accelerator.unwrap_model(self.model)
+        with truncated(lm, layer):
+            if not any(p.requires_grad for p in lm.parameters()):
+                raise NoLayerError(
+                    f"phase 1 of layer {layer} has nothing to train, because all that is trained "
+                    "lies above it: choose a higher bupo_layer"
+                )
 
     def _count_minibatches(self):
         """Count the mini-batches of phase 1 and of an epoch. A mini-batch is what TRL calls a step:
@@ -270,6 +282,7 @@ class BuPOTrainer(GRPOTrainer):
             layer = target_layer(dH_mlp)
         except ValueError as error:
             raise NoLayerError(f"{error}; choose one with bupo_layer") from None
+        self._check_trainable(layer)
         log = {"bupo/layer": layer, "bupo/dH_mlp": dH_mlp.tolist(), "step": self.state.global_step}
         self.state.log_history.append(log)
         return layer

@@ -206,13 +206,15 @@ def make_trainer(argv):
         config.trust_remote_code,
         attn_implementation=model.attn_implementation,
     )
-    check_tokenizer(tokenizer, lm.get_input_embeddings().num_embeddings)
+    check_tokenizer(tokenizer, len(lm.get_input_embeddings().weight))
     sizes = (context_length(lm.config.get_text_config()), config.max_completion_length or 0)
     for data in (train, held_out):
         if data is not None and task.dataset_name:
             check_prompts(tokenizer, data["prompt"], *sizes)
         elif data is not None:  # not every small tokenizer has the line breaks before a question
             check_prompts(tokenizer, [p.split("\n")[-1] for p in data["prompt"]], *sizes)
+    if config.beta and model.model_revision != "main":
+        config.model_init_kwargs = {"revision": model.model_revision}  # of the reference model
     trainer = BuPOTrainer(
         model=lm,
         args=config,

@@ -11,8 +11,12 @@ import pytest
 
 pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"')
 
+import peft
+import transformers
+
 import minibupo_hf.train
-from tests.test_hf import TIED, build, save
+from minibupo_hf.bupo_trainer import BuPOConfig
+from tests.test_hf import OPTIONS, TIED, build, save, trained
 from tests.test_hf_train import arguments
 
 
@@ -41,6 +45,7 @@ def main(base, tmp_path, capsys, monkeypatch):
 
 
 SAVED = dict(save_strategy="steps", save_steps=2)
+SAVED_ONCE = dict(save_strategy="steps", save_steps=1)
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -102,3 +107,53 @@ def test_a_directory_that_cannot_be_written_is_refused_before_training(main, mon
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     assert main().startswith("cannot write into output_dir ")
+
+
+def test_only_a_run_with_phase_1_has_the_tag(tmp_path):
+    for bupo_steps, tags in (0, ["trl", "grpo"]), (1, ["trl", "grpo", "bupo"]):
+        lm = build(**TIED)
+        out = tmp_path / str(bupo_steps)
+        trained(out, lm=lm, bupo_layer=2, bupo_steps=bupo_steps, max_steps=1, **SAVED_ONCE)
+        assert lm.model_tags == tags
+        assert ("- bupo" in (out / "README.md").read_text()) == (bupo_steps == 1)
+
+
+@pytest.mark.parametrize("layer", [True, 2.5, 2.0, [2]])
+def test_a_layer_is_a_whole_number(tmp_path, layer):
+    with pytest.raises(ValueError, match="bupo_layer must be a whole number, not "):
+        BuPOConfig(output_dir=str(tmp_path), bupo_steps=1, bupo_layer=layer, **OPTIONS)
+
+
+def adapted(base, path, **options):
+    """The directory of a LoRA adapter, as it is before training."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(lm, peft.LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(path)
+    return path
+
+
+def test_phase_1_needs_something_to_train(main, base, tmp_path, monkeypatch):
+    above = dict(target_modules=["q_proj"], layers_to_transform=[2])
+    model = adapted(base, tmp_path / "adapter", **above)
+    assert "phase 1 of layer 2 has nothing to train" in main(model=model, bupo_layer=2)
+    assert main(model=model, bupo_layer=3, max_steps=1) is None
+    monkeypatch.setattr("minibupo_hf.bupo_trainer.target_layer", lambda dH_mlp: 2)
+    said = main(model=model, bupo_layer=None, max_steps=1)
+    assert "phase 1 of layer 2 has nothing to train" in said
+
+
+def test_an_adapter_of_the_embedding_is_trained(main, base, tmp_path):
+    model = adapted(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    assert main(model=model, max_steps=1) is None
+
+
+def test_the_reference_model_has_the_revision_of_the_model(base, tmp_path, monkeypatch):
+    asked = []
+
+    def create(path, **options):
+        asked.append(options["revision"])
+        return transformers.AutoModelForCausalLM.from_pretrained(path)
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", create)
+    words = arguments(base, tmp_path, beta=0.1, model_revision="v2")
+    minibupo_hf.train.make_trainer(words)
+    assert asked == ["v2"]
