@@ -14,7 +14,9 @@ import os
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass, field
+import types
+import typing
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -228,6 +230,35 @@ def make_trainer(argv):
     return trainer, config
 
 
+def check_types(options, values):
+    """Raise ValueError unless each value of a config file is of the type that its option has."""
+    hints = typing.get_type_hints(options)
+    for option in fields(options):
+        value = values.get(option.name)
+        if value is None and (option.name not in values or option.default is None):
+            continue
+        if not has_type(value, hints[option.name]):
+            wanted = str(option.type).removeprefix("<class '").removesuffix("'>")
+            raise ValueError(f"{option.name} in the file of --config is {value!r}, not {wanted}")
+
+
+def has_type(value, hint) -> bool:
+    """Whether a value is of an annotated type. A text is: it is read as on a command line."""
+    kind = typing.get_origin(hint) or hint
+    inner = typing.get_args(hint)
+    if isinstance(value, str) or kind is typing.Any:
+        return True
+    if kind in (typing.Union, types.UnionType):
+        return any(has_type(value, one) for one in inner)
+    if kind is typing.Literal:
+        return value in inner
+    if kind is list and isinstance(value, list) and inner:
+        return all(has_type(item, inner[0]) for item in value)
+    if isinstance(value, bool):  # Python takes it for an int
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
 def parse(argv):
     """(TaskArguments, BuPOConfig, ModelConfig) of a command line.
 
@@ -238,7 +269,13 @@ def parse(argv):
 
     from minibupo_hf.bupo_trainer import BuPOConfig
 
-    parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **values):
+            for options in self.dataclass_types:
+                check_types(options, values)
+            return super().set_defaults_with_config(**values)
+
+    parser = Parser((TaskArguments, BuPOConfig, ModelConfig))
     parser.set_defaults(lora_dropout=0.0)
     if not torch.accelerator.is_available():
         # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin. Without use_cpu

@@ -6,6 +6,8 @@ Models, data and trainers are those of test_hf.py.
 # ruff: noqa: E402 - imports come after the check that the extra is there
 
 import gc
+import json
+from dataclasses import MISSING, fields
 
 import pytest
 
@@ -13,6 +15,8 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 
 import peft
 import transformers
+import yaml
+from trl import ModelConfig
 
 import minibupo_hf.train
 from minibupo_hf.bupo_trainer import BuPOConfig
@@ -157,3 +161,39 @@ def test_the_reference_model_has_the_revision_of_the_model(base, tmp_path, monke
     words = arguments(base, tmp_path, beta=0.1, model_revision="v2")
     minibupo_hf.train.make_trainer(words)
     assert asked == ["v2"]
+
+
+# ---- a file of settings --------------------------------------------------------------------------
+
+WRONG = dict(bupo_steps=[None, True, 1.5], bupo_layer=[2.5, [2], True], max_steps=[1.5])
+WRONG |= dict(temperature=[None, True, [1.0]], per_device_train_batch_size=[8.0], digits=[1.0])
+WRONG |= dict(operations=[5], eval_problems=[None], seed=[None], beta=[None, {}], use_peft=[1])
+WRONG |= dict(model_name_or_path=[5], output_dir=[5], lora_target_modules=[[1], {"a": 1}])
+WRONG |= dict(importance_sampling_level=[5])
+
+
+@pytest.mark.parametrize("name,value", [(n, v) for n in WRONG for v in WRONG[n]])
+def test_a_value_of_another_type_is_refused(main, tmp_path, name, value):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({name: value}))
+    said = main(**{name: None, "config": file})
+    assert said.startswith(f"{name} in the file of --config is {value!r}, not ")
+
+
+def test_values_of_the_right_type_are_read(base, tmp_path):
+    file = tmp_path / "config.yaml"
+    values = dict(learning_rate="1e-3", beta=0, temperature=2, bupo_layer=None, use_peft=True)
+    values |= dict(lora_target_modules=["q_proj"], lr_scheduler_kwargs={}, report_to="none")
+    values |= dict(max_steps="3", dataset_name=None, epsilon_high=0.3, run_name=None)
+    file.write_text(yaml.safe_dump(values))
+    words = ["--model_name_or_path", str(base), "--output_dir", str(tmp_path), "--config"]
+    _, config, model = minibupo_hf.train.parse([*words, str(file), "--num_generations", "4"])
+    assert (config.learning_rate, config.temperature, config.max_steps) == (1e-3, 2, 3)
+    assert (config.bupo_layer, config.epsilon_high, config.lr_scheduler_kwargs) == (None, 0.3, {})
+    assert (model.use_peft, model.lora_target_modules) == (True, "q_proj")
+
+
+def test_every_default_has_its_type():
+    for options in minibupo_hf.train.TaskArguments, BuPOConfig, ModelConfig:
+        defaults = {f.name: f.default for f in fields(options) if f.default is not MISSING}
+        minibupo_hf.train.check_types(options, defaults)
