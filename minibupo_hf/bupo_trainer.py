@@ -8,11 +8,14 @@ advantages, loss, optimizer, sharding and saving stay TRL's.
 """
 
 import math
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import peft
 import torch
 import trl
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
@@ -20,6 +23,7 @@ from minibupo_hf.adapter import (
     HFModel,
     check_for_trl,
     find_parts,
+    one_line,
     prepare_to_save,
     remove_dropout,
     truncated,
@@ -58,6 +62,15 @@ class NoLayerError(ValueError):
 
 class ResumeError(ValueError):
     """A run cannot be resumed from this checkpoint, or not with these settings."""
+
+
+@contextmanager
+def reading(checkpoint):
+    """Inside the `with`, all errors are about the files of this checkpoint, and say so."""
+    try:
+        yield
+    except Exception as error:  # each reader has a class of its own for each kind of damage
+        raise ResumeError(f"cannot resume from {checkpoint}: {one_line(error)}") from error
 
 
 @dataclass
@@ -110,6 +123,14 @@ class BuPOConfig(GRPOConfig):
         self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
+
+
+def refuse_keys(missing, unexpected):
+    """Raise ValueError for weights that a checkpoint lacks, or that the model has no place for."""
+    if missing:
+        raise ValueError(f"it has no weights for {min(missing)}, which the model has")
+    if unexpected:
+        raise ValueError(f"it has weights {min(unexpected)}, for which the model has no place")
 
 
 class AtTheStart(TrainerCallback):
@@ -238,6 +259,33 @@ class BuPOTrainer(GRPOTrainer):
                     f"the checkpoint is of a run with {name} = {noted[name]}, which cannot be "
                     f"resumed with {value}, because phase 1 would have another length"
                 )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(resume_from_checkpoint):
+            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            lm = model or self.model
+            if isinstance(lm, peft.PeftModel) and not self.is_fsdp_enabled:
+                saved = peft.load_peft_weights(resume_from_checkpoint, device="cpu").keys()
+                ours = peft.get_peft_model_state_dict(lm).keys()
+                refuse_keys(ours - saved, saved - ours)
+
+    def _issue_warnings_after_load(self, load_result):
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        missing = set(load_result.missing_keys) - tied.keys()
+        refuse_keys(missing, load_result.unexpected_keys)
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        options = self.optimizer.param_groups[0].keys()
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.optimizer.param_groups[0].keys() != options:
+                raise ValueError("its optimizer is of another kind than this run's optim")
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _generate_and_score_completions(self, inputs):
         # The phase is fixed when the rollouts are generated, and holds for all steps on them. So

@@ -97,6 +97,58 @@ def test_a_finished_run_is_not_resumed(main, tmp_path, bupo_steps):
         )
 
 
+LORA = dict(use_peft=True, lora_target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    "before,after,says",
+    [
+        (dict(model="three"), dict(model="four"), "has no weights for model.layers.3"),
+        (dict(model="four"), dict(model="three"), "has weights model.layers.3"),
+        (dict(model="three"), dict(model="llama"), "has weights model.layers.0.self_attn.k_norm"),
+        (dict(model="three"), dict(model="wide"), "size mismatch"),
+        (dict(model="three"), dict(model="three", **LORA), "has no weights for base_model"),
+        (dict(model="three", **LORA), dict(model="three"), "cannot resume"),
+        (LORA, LORA | dict(lora_target_modules=".*q_proj"), "has weights base_model"),
+        (LORA | dict(lora_target_modules=".*q_proj"), LORA, "has no weights for base_model"),
+        (LORA, LORA | dict(lora_r=4), "size mismatch"),
+        (LORA, LORA | dict(model="four"), "has no weights for base_model"),
+        ({}, dict(optim="sgd"), "its optimizer is of another kind"),
+        (dict(optim="sgd"), dict(optim="adamw_torch"), "its optimizer is of another kind"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_model(main, tmp_path, before, after, says):
+    models = dict(three=build(**TIED), four=build(num_hidden_layers=4, **TIED))
+    models |= dict(llama=build("Llama", **TIED), wide=build(intermediate_size=48, **TIED))
+
+    def run(model="three", **options):
+        directory = tmp_path / model
+        if not directory.exists():
+            save(directory, models[model])
+        return main(model=directory, bupo_layer=1, **(SAVED | options))
+
+    assert run(max_steps=2, **before) is None
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    more = dict(max_steps=3, resume_from_checkpoint=checkpoint)
+    said = run(**after, **more)
+    assert said.startswith(f"cannot resume from {checkpoint}: ") and says in said
+    assert run(**before, **more) is None
+
+
+def test_a_damaged_checkpoint_is_refused(main, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert main(max_steps=2, **SAVED) is None
+    files = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"]
+    for name in [*files, "rng_state.pth"]:
+        whole = (checkpoint / name).read_bytes()
+        for damaged in b"", whole[: len(whole) // 2], b"[]":
+            (checkpoint / name).write_bytes(damaged)
+            said = main(max_steps=3, resume_from_checkpoint=checkpoint)
+            assert said.startswith(f"cannot resume from {checkpoint}: ")
+        (checkpoint / name).write_bytes(whole)
+    assert main(max_steps=3, resume_from_checkpoint=checkpoint) is None
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
