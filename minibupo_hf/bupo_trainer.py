@@ -50,6 +50,19 @@ CITATION = f"""@article{{tan2025bupo,
 
 AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"]
 AT_LEAST_1 += ["steps_per_generation", "num_generations", "max_completion_length"]
+AT_LEAST_1 += ["generation_batch_size"]
+
+# The options of a generation_config that TRL samples with although it has no setting for them, and
+# the value of each that changes nothing; None changes nothing either.
+NO_LIMIT = ["max_time", "stop_strings", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"]
+NO_LIMIT += ["forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"]
+NO_LIMIT += ["sequence_bias", "watermarking_config", "top_h", "dola_layers", "constraints"]
+NO_LIMIT += ["force_words_ids"]
+ZERO = ["min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"]
+ZERO += ["encoder_no_repeat_ngram_size", "penalty_alpha", "remove_invalid_values", "token_healing"]
+ONE = ["num_beams", "num_return_sequences", "typical_p", "guidance_scale"]
+ONE += ["encoder_repetition_penalty"]
+NEUTRAL = dict.fromkeys(NO_LIMIT) | dict.fromkeys(ZERO, 0) | dict.fromkeys(ONE, 1)
 
 
 # what says how many optimizer steps phase 1 takes, and where in it a checkpoint lies
@@ -101,6 +114,9 @@ class BuPOConfig(GRPOConfig):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
+        for name, value in vars(self).items():
+            if name.endswith("_kwargs") and not isinstance(value, dict | None):
+                raise ValueError(f'{name} must be a dict like {{"name": 1}}, not {value!r}')
         if isinstance(self.bupo_layer, bool) or not isinstance(self.bupo_layer, int | None):
             raise ValueError(f"bupo_layer must be a whole number, not {self.bupo_layer!r}")
         if self.bupo_steps < 0:
@@ -123,6 +139,20 @@ class BuPOConfig(GRPOConfig):
         self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
+
+
+def check_sampling(generation_config, overridden):
+    """Raise ValueError if a model's generation_config would change the samples.
+
+    The loss knows nothing of it, so they would not be samples of the policy that is trained.
+    """
+    for name, neutral in NEUTRAL.items():
+        value = getattr(generation_config, name, None)
+        if name not in overridden and value not in (None, [], neutral):
+            raise ValueError(
+                f"the model's generation_config has {name} = {value!r}, with which responses are "
+                "not sampled from the policy: remove it"
+            )
 
 
 def refuse_keys(missing, unexpected):
@@ -158,6 +188,8 @@ class BuPOTrainer(GRPOTrainer):
         self._count_minibatches()
         lm = self.accelerator.unwrap_model(self.model)
         prepare_to_save(lm.generation_config)
+        if not self.use_vllm:
+            check_sampling(lm.generation_config, self.generation_kwargs)
         remove_dropout(lm)
         # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
         whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled

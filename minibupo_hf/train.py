@@ -106,6 +106,9 @@ def read_data(task: TaskArguments, evaluate: bool):
         held_out = held_out.select(range(min(task.eval_problems, len(held_out))))
         return train, held_out if evaluate else None, right_answer
 
+    if os.path.isfile(task.dataset_name):
+        raise ValueError(f"dataset_name {task.dataset_name} is a file: give its directory")
+
     from datasets import load_dataset
 
     try:
@@ -142,6 +145,13 @@ def check_tokenizer(tokenizer, vocab_size: int):
         raise ValueError("the tokenizer has no EOS token, with which a response could end")
     if len(tokenizer) > vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}")
+
+
+def check_ends(ids):
+    """Raise ValueError unless eos_token_id of a generation_config is a token id, or a list."""
+    ends = ids if isinstance(ids, list) else [ids]
+    if ids is not None and not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"eos_token_id in generation_config.json must be token ids, not {ids!r}")
 
 
 def check_prompts(tokenizer, prompts, context: int, new_tokens: int):
@@ -209,6 +219,7 @@ def make_trainer(argv):
         attn_implementation=model.attn_implementation,
     )
     check_tokenizer(tokenizer, len(lm.get_input_embeddings().weight))
+    check_ends(lm.generation_config.eos_token_id)
     sizes = (context_length(lm.config.get_text_config()), config.max_completion_length or 0)
     for data in (train, held_out):
         if data is not None and task.dataset_name:
@@ -291,11 +302,14 @@ def parse(argv):
     for name, value in [
         ("load_in_4bit", model.load_in_4bit),
         ("load_in_8bit", model.load_in_8bit),
+        ("remove_unused_columns", config.remove_unused_columns),  # rewards read them
         ("model_init_kwargs", config.model_init_kwargs),
         ("lora_dropout", model.lora_dropout),  # BuPOTrainer removes all dropout
     ]:
         if value:
             raise ValueError(f"{name} is not for minibupo_hf.train")
+    if config.optim_args and any(a.count("=") != 1 for a in config.optim_args.split(",")):
+        raise ValueError(f"optim_args must be like name=1,name=2, not {config.optim_args}")
     if config.max_steps == 0 or config.num_train_epochs <= 0:
         raise ValueError("max_steps or num_train_epochs leave no step to train")
     if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
@@ -317,6 +331,10 @@ def main(argv=None) -> int:
         if not is_about_input(error):
             raise
         return refused(error)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        return refused(ValueError(*error.args))
     if trainer.is_world_process_zero():
         print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
     return 0

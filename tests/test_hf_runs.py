@@ -7,6 +7,7 @@ Models, data and trainers are those of test_hf.py.
 
 import gc
 import json
+import shutil
 from dataclasses import MISSING, fields
 
 import pytest
@@ -213,6 +214,69 @@ def test_the_reference_model_has_the_revision_of_the_model(base, tmp_path, monke
     words = arguments(base, tmp_path, beta=0.1, model_revision="v2")
     minibupo_hf.train.make_trainer(words)
     assert asked == ["v2"]
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        (dict(generation_batch_size=0, steps_per_generation=None), "batch_size must be at least 1"),
+        (dict(remove_unused_columns=True), "remove_unused_columns is not for"),
+        (dict(gradient_checkpointing_kwargs="[1]"), "checkpointing_kwargs must be a dict like"),
+        (dict(generation_kwargs="[1]"), "generation_kwargs must be a dict"),
+        (dict(optim_args="foo"), "optim_args must be like name=1,name=2, not foo"),
+        (dict(dataset_name=__file__), "is a file: give its directory"),
+        (
+            dict(metric_for_best_model="foo", save_strategy="best", max_steps=1)
+            | dict(eval_strategy="steps", eval_steps=1, eval_problems=8),
+            "The `metric_for_best_model` training argument is set to 'eval_foo'",
+        ),
+    ],
+)
+def test_a_setting_is_refused_in_a_sentence(main, options, says):
+    assert says in main(**options)
+
+
+def with_generation(base, directory, **options):
+    """A copy of a model with these options in its generation_config."""
+    shutil.copytree(base, directory)
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    return directory
+
+
+@pytest.mark.parametrize("ends", ["3", [[3]], [3, "4"], {"a": 1}])
+def test_an_end_that_is_no_token_is_refused(main, base, tmp_path, ends):
+    model = with_generation(base, tmp_path / "model", eos_token_id=ends)
+    assert "eos_token_id" in main(model=model)
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("suppress_tokens", [3]),
+        ("forced_eos_token_id", 0),
+        ("no_repeat_ngram_size", 2),
+        ("num_beams", 2),
+        ("max_time", 1.0),
+        ("epsilon_cutoff", 0.1),
+        ("bad_words_ids", [[3]]),
+        ("typical_p", 0.5),
+        ("guidance_scale", 2.0),
+    ],
+)
+def test_what_would_change_the_samples_is_refused(main, base, tmp_path, name, value):
+    options = {name: value, "do_sample": True}
+    model = with_generation(base, tmp_path / "model", **options)
+    assert f"generation_config has {name} = {value!r}" in main(model=model)
+
+
+def test_what_would_change_nothing_is_allowed(main, base, tmp_path):
+    neutral = dict(
+        num_beams=1, typical_p=1.0, suppress_tokens=[], min_length=0, guidance_scale=None
+    )
+    neutral |= dict(do_sample=True, temperature=0.6, top_p=0.9, max_length=20, epsilon_cutoff=0.0)
+    model = with_generation(base, tmp_path / "model", **neutral)
+    assert main(model=model, max_steps=1) is None
 
 
 # ---- a file of settings --------------------------------------------------------------------------
