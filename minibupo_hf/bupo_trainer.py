@@ -65,7 +65,7 @@ ONE += ["encoder_repetition_penalty"]
 NEUTRAL = dict.fromkeys(NO_LIMIT) | dict.fromkeys(ZERO, 0) | dict.fromkeys(ONE, 1)
 
 
-# what says how many optimizer steps phase 1 takes, and where in it a checkpoint lies
+# The settings that say how many optimizer steps phase 1 takes. A resumed run must have the same.
 COUNTING = ["bupo_steps", "steps_per_generation", "gradient_accumulation_steps", "num_iterations"]
 
 
@@ -197,7 +197,7 @@ class BuPOTrainer(GRPOTrainer):
             check_for_trl(lm)
         if self.args.bupo_steps == 0:
             return
-        # TRL writes these into the card of the model
+        # TRL writes these into the card of the model. A run without phase 1 keeps GRPO's.
         self._name = "BuPO"
         self._tag_names = [*self._tag_names, "bupo"]
         self._paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
@@ -294,9 +294,9 @@ class BuPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with reading(resume_from_checkpoint):
-            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            lm = model or self.model
+            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            lm = self.model if model is None else model
             if isinstance(lm, peft.PeftModel) and not self.is_fsdp_enabled:
                 saved = peft.load_peft_weights(resume_from_checkpoint, device="cpu").keys()
                 ours = peft.get_peft_model_state_dict(lm).keys()
