@@ -8,11 +8,14 @@ advantages, loss, optimizer, sharding and saving stay TRL's.
 """
 
 import math
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import peft
 import torch
 import trl
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from minibupo import entropy, target_layer
@@ -20,6 +23,7 @@ from minibupo_hf.adapter import (
     HFModel,
     check_for_trl,
     find_parts,
+    one_line,
     prepare_to_save,
     remove_dropout,
     truncated,
@@ -46,10 +50,40 @@ CITATION = f"""@article{{tan2025bupo,
 
 AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"]
 AT_LEAST_1 += ["steps_per_generation", "num_generations", "max_completion_length"]
+AT_LEAST_1 += ["generation_batch_size"]
+
+# The options of a generation_config that TRL samples with although it has no setting for them, and
+# the value of each that changes nothing; None changes nothing either.
+NO_LIMIT = ["max_time", "stop_strings", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"]
+NO_LIMIT += ["forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"]
+NO_LIMIT += ["sequence_bias", "watermarking_config", "top_h", "dola_layers", "constraints"]
+NO_LIMIT += ["force_words_ids"]
+ZERO = ["min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"]
+ZERO += ["encoder_no_repeat_ngram_size", "penalty_alpha", "remove_invalid_values", "token_healing"]
+ONE = ["num_beams", "num_return_sequences", "typical_p", "guidance_scale"]
+ONE += ["encoder_repetition_penalty"]
+NEUTRAL = dict.fromkeys(NO_LIMIT) | dict.fromkeys(ZERO, 0) | dict.fromkeys(ONE, 1)
+
+
+# The settings that say how many optimizer steps phase 1 takes. A resumed run must have the same.
+COUNTING = ["bupo_steps", "steps_per_generation", "gradient_accumulation_steps", "num_iterations"]
 
 
 class NoLayerError(ValueError):
     """The paper's rule names no layer for this model."""
+
+
+class ResumeError(ValueError):
+    """A run cannot be resumed from this checkpoint, or not with these settings."""
+
+
+@contextmanager
+def reading(checkpoint):
+    """Inside the `with`, all errors are about the files of this checkpoint, and say so."""
+    try:
+        yield
+    except Exception as error:  # each reader has a class of its own for each kind of damage
+        raise ResumeError(f"cannot resume from {checkpoint}: {one_line(error)}") from error
 
 
 @dataclass
@@ -80,8 +114,17 @@ class BuPOConfig(GRPOConfig):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
+        for name, value in vars(self).items():
+            if name.endswith("_kwargs") and not isinstance(value, dict | None):
+                raise ValueError(f'{name} must be a dict like {{"name": 1}}, not {value!r}')
+        if isinstance(self.bupo_layer, bool) or not isinstance(self.bupo_layer, int | None):
+            raise ValueError(f"bupo_layer must be a whole number, not {self.bupo_layer!r}")
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                "neftune_noise_alpha is not for BuPOTrainer: its noise is in the ratio"
+            )
         if self.bupo_steps == 0:
             return
         if self.use_vllm and self.off_policy_mask_threshold is not None:
@@ -96,6 +139,28 @@ class BuPOConfig(GRPOConfig):
         self.ddp_find_unused_parameters = True
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("bupo_steps needs gradient_checkpointing_kwargs use_reentrant=False")
+
+
+def check_sampling(generation_config, overridden):
+    """Raise ValueError if a model's generation_config would change the samples.
+
+    The loss knows nothing of it, so they would not be samples of the policy that is trained.
+    """
+    for name, neutral in NEUTRAL.items():
+        value = getattr(generation_config, name, None)
+        if name not in overridden and value not in (None, [], neutral):
+            raise ValueError(
+                f"the model's generation_config has {name} = {value!r}, with which responses are "
+                "not sampled from the policy: remove it"
+            )
+
+
+def refuse_keys(missing, unexpected):
+    """Raise ValueError for weights that a checkpoint lacks, or that the model has no place for."""
+    if missing:
+        raise ValueError(f"it has no weights for {min(missing)}, which the model has")
+    if unexpected:
+        raise ValueError(f"it has weights {min(unexpected)}, for which the model has no place")
 
 
 class AtTheStart(TrainerCallback):
@@ -115,36 +180,48 @@ class BuPOTrainer(GRPOTrainer):
     ValueError for an invalid layer and, except under DeepSpeed, for a model that HFModel refuses.
     """
 
-    # TRL writes these into the card of the model
-    _name = "BuPO"
-    _tag_names = ["trl", "grpo", "bupo"]
-    _paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.add_callback(AtTheStart(self))
         self.layer = self.args.bupo_layer
         self.phase = 2
         self._count_minibatches()
         lm = self.accelerator.unwrap_model(self.model)
         prepare_to_save(lm.generation_config)
+        if not self.use_vllm:
+            check_sampling(lm.generation_config, self.generation_kwargs)
         remove_dropout(lm)
         # FSDP may load weights in one process only; DeepSpeed may have them in pieces already
         whole = self.accelerator.is_local_main_process and not self.is_deepspeed_enabled
         if whole:
             check_for_trl(lm)
         if self.args.bupo_steps == 0:
-            self._name = GRPOTrainer._name  # for the model card
-            self._paper = GRPOTrainer._paper
             return
-        self.add_callback(AtTheStart(self))
+        # TRL writes these into the card of the model. A run without phase 1 keeps GRPO's.
+        self._name = "BuPO"
+        self._tag_names = [*self._tag_names, "bupo"]
+        self._paper = {"title": TITLE, "id": "2512.19673", "citation": CITATION}
+        lm.add_model_tags("bupo")
         L = find_parts(lm)[0].config.num_hidden_layers
         if self.layer is not None and not 1 <= self.layer <= L:
             raise ValueError(f"bupo_layer must be in 1..{L}, not {self.layer}")
+        if self.layer is not None:
+            self._check_trainable(self.layer)
         if self.is_deepspeed_enabled and self.args.weight_decay:
             # DeepSpeed gives weights without a gradient one of 0
             raise ValueError("DeepSpeed would decay what phase 1 must not move: set weight_decay 0")
         if whole:
             HFModel(lm)  # raises what it refuses
+
+    def _check_trainable(self, layer: int):
+        """Raise NoLayerError if phase 1 of this layer has nothing to train."""
+        lm = self.accelerator.unwrap_model(self.model)
+        with truncated(lm, layer):
+            if not any(p.requires_grad for p in lm.parameters()):
+                raise NoLayerError(
+                    f"phase 1 of layer {layer} has nothing to train, because all that is trained "
+                    "lies above it: choose a higher bupo_layer"
+                )
 
     def _count_minibatches(self):
         """Count the mini-batches of phase 1 and of an epoch. A mini-batch is what TRL calls a step:
@@ -180,11 +257,67 @@ class BuPOTrainer(GRPOTrainer):
         batch of rollouts would use the next one too long. Now it samples this batch anew, and uses
         it for the mini-batches that remain.
         """
+        if optimizer_steps >= self.state.max_steps:
+            raise ResumeError(
+                f"the checkpoint has {optimizer_steps} steps, and the run ends after "
+                f"{self.state.max_steps}: no step remains"
+            )
+        self._check_settings(optimizer_steps)
+        if self.args.bupo_steps == 0:
+            return
         steps = self.args.gradient_accumulation_steps
         epochs, rest = divmod(optimizer_steps, math.ceil(self.epoch / steps))
         self._step = epochs * self.epoch + rest * steps
         self._buffered_inputs = None
         self.layer = self.args.bupo_layer
+
+    def _check_settings(self, optimizer_steps: int):
+        """Note in the log the settings by which phase 1 is counted.
+
+        Raises ResumeError if a resumed run has noted others, because its phases would be wrong.
+        """
+        ours = {"bupo_steps": 0}
+        if self.args.bupo_steps:
+            ours = {name: getattr(self.args, name) for name in COUNTING}
+            ours["mini-batches of an epoch"] = self.epoch
+        history = self.state.log_history
+        if optimizer_steps == 0:
+            history.append({"bupo/settings": ours, "step": 0})
+        logged = [log["bupo/settings"] for log in history if "bupo/settings" in log]
+        noted = logged[0] if logged else {"bupo_steps": 0}
+        for name, value in ours.items():
+            if noted[name] != value:
+                raise ResumeError(
+                    f"the checkpoint is of a run with {name} = {noted[name]}, which cannot be "
+                    f"resumed with {value}, because phase 1 would have another length"
+                )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            lm = self.model if model is None else model
+            if isinstance(lm, peft.PeftModel) and not self.is_fsdp_enabled:
+                saved = peft.load_peft_weights(resume_from_checkpoint, device="cpu").keys()
+                ours = peft.get_peft_model_state_dict(lm).keys()
+                refuse_keys(ours - saved, saved - ours)
+
+    def _issue_warnings_after_load(self, load_result):
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        missing = set(load_result.missing_keys) - tied.keys()
+        refuse_keys(missing, load_result.unexpected_keys)
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        options = self.optimizer.param_groups[0].keys()
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.optimizer.param_groups[0].keys() != options:
+                raise ValueError("its optimizer is of another kind than this run's optim")
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _generate_and_score_completions(self, inputs):
         # The phase is fixed when the rollouts are generated, and holds for all steps on them. So
@@ -229,6 +362,7 @@ class BuPOTrainer(GRPOTrainer):
             layer = target_layer(dH_mlp)
         except ValueError as error:
             raise NoLayerError(f"{error}; choose one with bupo_layer") from None
+        self._check_trainable(layer)
         log = {"bupo/layer": layer, "bupo/dH_mlp": dH_mlp.tolist(), "step": self.state.global_step}
         self.state.log_history.append(log)
         return layer

@@ -12,8 +12,11 @@ out for evaluation.
 
 import os
 import sys
+import tempfile
 import traceback
-from dataclasses import dataclass, field
+import types
+import typing
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -103,6 +106,9 @@ def read_data(task: TaskArguments, evaluate: bool):
         held_out = held_out.select(range(min(task.eval_problems, len(held_out))))
         return train, held_out if evaluate else None, right_answer
 
+    if os.path.isfile(task.dataset_name):
+        raise ValueError(f"dataset_name {task.dataset_name} is a file: give its directory")
+
     from datasets import load_dataset
 
     try:
@@ -141,6 +147,13 @@ def check_tokenizer(tokenizer, vocab_size: int):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}")
 
 
+def check_ends(ids):
+    """Raise ValueError unless eos_token_id of a generation_config is a token id, or a list."""
+    ends = ids if isinstance(ids, list) else [ids]
+    if ids is not None and not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"eos_token_id in generation_config.json must be token ids, not {ids!r}")
+
+
 def check_prompts(tokenizer, prompts, context: int, new_tokens: int):
     """Raise ValueError unless each prompt is a text or a chat, and leaves room for new tokens."""
     for row, prompt in enumerate(prompts):
@@ -168,6 +181,15 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     return encode_text(tokenizer, apply_template(tokenizer, prompt), special=False)
 
 
+def check_output(directory):
+    """Raise ValueError unless files can be written into the directory, which is made."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ValueError(f"cannot write into output_dir {directory}: {error}") from error
+
+
 def make_trainer(argv):
     """(BuPOTrainer, BuPOConfig): everything up to training.
 
@@ -186,6 +208,8 @@ def make_trainer(argv):
     for package in config.report_to:
         if package not in get_available_reporting_integrations():
             raise ImportError(f"report_to {package}: it is not installed")
+    if config.should_save:
+        check_output(config.output_dir)
     train, held_out, reward = read_data(task, config.eval_strategy != "no")
     lm, tokenizer = load_lm(
         model.model_name_or_path,
@@ -194,13 +218,16 @@ def make_trainer(argv):
         config.trust_remote_code,
         attn_implementation=model.attn_implementation,
     )
-    check_tokenizer(tokenizer, lm.get_input_embeddings().num_embeddings)
+    check_tokenizer(tokenizer, len(lm.get_input_embeddings().weight))
+    check_ends(lm.generation_config.eos_token_id)
     sizes = (context_length(lm.config.get_text_config()), config.max_completion_length or 0)
     for data in (train, held_out):
         if data is not None and task.dataset_name:
             check_prompts(tokenizer, data["prompt"], *sizes)
         elif data is not None:  # not every small tokenizer has the line breaks before a question
             check_prompts(tokenizer, [p.split("\n")[-1] for p in data["prompt"]], *sizes)
+    if config.beta and model.model_revision != "main":
+        config.model_init_kwargs = {"revision": model.model_revision}  # of the reference model
     trainer = BuPOTrainer(
         model=lm,
         args=config,
@@ -214,6 +241,35 @@ def make_trainer(argv):
     return trainer, config
 
 
+def check_types(options, values):
+    """Raise ValueError unless each value of a config file is of the type that its option has."""
+    hints = typing.get_type_hints(options)
+    for option in fields(options):
+        value = values.get(option.name)
+        if value is None and (option.name not in values or option.default is None):
+            continue
+        if not has_type(value, hints[option.name]):
+            wanted = str(option.type).removeprefix("<class '").removesuffix("'>")
+            raise ValueError(f"{option.name} in the file of --config is {value!r}, not {wanted}")
+
+
+def has_type(value, hint) -> bool:
+    """Whether a value is of an annotated type. A text is: it is read as on a command line."""
+    kind = typing.get_origin(hint) or hint
+    inner = typing.get_args(hint)
+    if isinstance(value, str) or kind is typing.Any:
+        return True
+    if kind in (typing.Union, types.UnionType):
+        return any(has_type(value, one) for one in inner)
+    if kind is typing.Literal:
+        return value in inner
+    if kind is list and isinstance(value, list) and inner:
+        return all(has_type(item, inner[0]) for item in value)
+    if isinstance(value, bool):  # Python takes it for an int
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
 def parse(argv):
     """(TaskArguments, BuPOConfig, ModelConfig) of a command line.
 
@@ -224,7 +280,13 @@ def parse(argv):
 
     from minibupo_hf.bupo_trainer import BuPOConfig
 
-    parser = TrlParser((TaskArguments, BuPOConfig, ModelConfig))
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **values):
+            for options in self.dataclass_types:
+                check_types(options, values)
+            return super().set_defaults_with_config(**values)
+
+    parser = Parser((TaskArguments, BuPOConfig, ModelConfig))
     parser.set_defaults(lora_dropout=0.0)
     if not torch.accelerator.is_available():
         # bfloat16 is slow on a CPU, and there is no GPU memory to save or to pin. Without use_cpu
@@ -240,11 +302,14 @@ def parse(argv):
     for name, value in [
         ("load_in_4bit", model.load_in_4bit),
         ("load_in_8bit", model.load_in_8bit),
+        ("remove_unused_columns", config.remove_unused_columns),  # rewards read them
         ("model_init_kwargs", config.model_init_kwargs),
         ("lora_dropout", model.lora_dropout),  # BuPOTrainer removes all dropout
     ]:
         if value:
             raise ValueError(f"{name} is not for minibupo_hf.train")
+    if config.optim_args and any(a.count("=") != 1 for a in config.optim_args.split(",")):
+        raise ValueError(f"optim_args must be like name=1,name=2, not {config.optim_args}")
     if config.max_steps == 0 or config.num_train_epochs <= 0:
         raise ValueError("max_steps or num_train_epochs leave no step to train")
     if config.beta and not model.use_peft and model.model_name_or_path.endswith(".gguf"):
@@ -260,12 +325,16 @@ def main(argv=None) -> int:
         return refused(error)
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()  # trainer_state.json, with the reward curve
     except (ValueError, ImportError, OSError) as error:
         if not is_about_input(error):
             raise
         return refused(error)
-    trainer.save_model()
-    trainer.save_state()  # trainer_state.json, with the reward curve
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        return refused(ValueError(*error.args))
     if trainer.is_world_process_zero():
         print(f"wrote {os.path.join(config.output_dir, 'trainer_state.json')}")
     return 0
@@ -285,11 +354,11 @@ def is_about_input(error: Exception) -> bool:
 
     Some options are read only in the first step: then a library says what is wrong with them.
     """
-    from minibupo_hf.bupo_trainer import NoLayerError
+    from minibupo_hf.bupo_trainer import NoLayerError, ResumeError
 
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # where it was raised
     library = frame.f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, NoLayerError | OSError) or library in LIBRARIES
+    return isinstance(error, NoLayerError | ResumeError | OSError) or library in LIBRARIES
 
 
 if __name__ == "__main__":
