@@ -677,5 +677,7 @@ def _text_of(tokenizer, ids) -> str:
 
 def one_line(error: Exception) -> str:
     """What an error says, as one line of at most 1000 characters."""
-    said = str(error).strip() or type(error).__name__
+    said = str(error).strip()
+    if isinstance(error, KeyError) or not said:  # a KeyError says only the key
+        said = f"{type(error).__name__} {said}".strip()
     return textwrap.shorten(said, 1000, placeholder=" ...")

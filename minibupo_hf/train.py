@@ -154,11 +154,14 @@ def check_ends(ids):
         raise ValueError(f"eos_token_id in generation_config.json must be token ids, not {ids!r}")
 
 
-def check_prompts(tokenizer, prompts, context: int, new_tokens: int):
-    """Raise ValueError unless each prompt is a text or a chat, and leaves room for new tokens."""
+def check_prompts(tokenizer, prompts, context: int, new_tokens: int, template=None):
+    """Raise ValueError unless each prompt is a text or a chat, and leaves room for new tokens.
+
+    `template` are the options of the chat template.
+    """
     for row, prompt in enumerate(prompts):
         try:
-            length = len(encode_prompt(tokenizer, prompt))
+            length = len(encode_prompt(tokenizer, prompt, **(template or {})))
         except ValueError as error:
             raise ValueError(f"prompt {row} of the data set: {error}") from error
         if length + new_tokens > context:
@@ -168,17 +171,20 @@ def check_prompts(tokenizer, prompts, context: int, new_tokens: int):
             )
 
 
-def encode_prompt(tokenizer, prompt) -> list[int]:
+def encode_prompt(tokenizer, prompt, **template) -> list[int]:
     """Token ids of a prompt of a data set. Raises ValueError if they are not what it says."""
     from minibupo_hf.adapter import apply_template, encode_text
 
     if isinstance(prompt, str) and prompt:
-        return encode_text(tokenizer, prompt)
+        ids = encode_text(tokenizer, prompt)
+        if tokenizer(prompt).input_ids != ids:
+            raise ValueError("the tokenizer puts an EOS after it, and TRL would keep it")
+        return ids
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[-1], dict):
         raise ValueError(f"it must be a text or a chat, not {prompt!r}")
     if not tokenizer.chat_template:
         raise ValueError("a chat needs a tokenizer with a chat template")
-    return encode_text(tokenizer, apply_template(tokenizer, prompt), special=False)
+    return encode_text(tokenizer, apply_template(tokenizer, prompt, **template), special=False)
 
 
 def check_output(directory):
@@ -223,7 +229,7 @@ def make_trainer(argv):
     sizes = (context_length(lm.config.get_text_config()), config.max_completion_length or 0)
     for data in (train, held_out):
         if data is not None and task.dataset_name:
-            check_prompts(tokenizer, data["prompt"], *sizes)
+            check_prompts(tokenizer, data["prompt"], *sizes, config.chat_template_kwargs)
         elif data is not None:  # not every small tokenizer has the line breaks before a question
             check_prompts(tokenizer, [p.split("\n")[-1] for p in data["prompt"]], *sizes)
     if config.beta and model.model_revision != "main":
