@@ -109,7 +109,7 @@ def watching(blocks, found):
 def layer_trace(name: str, resid_pre, calls, resid_post) -> LayerTrace:
     """The LayerTrace of one block, from the calls of its modules: {name: (read, wrote)}.
 
-    Which module read what another one wrote is told by the identity of tensors. If a norm wrote
+    The identity of tensors says which module read what another one wrote. If a norm wrote
     mlp_in, then that norm read resid_mid. If a norm read what attention or the FFN wrote, as in
     Gemma 2 and OLMo 2, then what the norm wrote is what is added to the stream. Raises ValueError
     for a block whose modules have other names, or which returns more than one result.
