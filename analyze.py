@@ -64,6 +64,7 @@ STYLE = [
         "legend.frameon": False,
         "lines.markeredgewidth": 1,
         "savefig.dpi": 200,
+        "text.usetex": False,
     },
 ]
 styled = style.context(STYLE)  # a decorator: figures made inside the function have this style
@@ -935,7 +936,7 @@ def make_parser() -> tuple[Parser, dict]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, function in COMMANDS.items():
-        summary = function.__doc__.split("\n\n")[0]
+        summary = (function.__doc__ or "").split("\n\n")[0]  # python -OO drops docstrings
         add = commands.add_parser(name, description=summary, allow_abbrev=False).add_argument
         if name in OF_A_RUN:
             add("source", metavar="RUN", help="directory of a run")

@@ -622,7 +622,8 @@ def scores(problems: list[str], texts: list[list[str]]) -> dict:
     count = len(problems)
     samples = len(texts[0])
     pairs = [(problem, text) for problem, group in zip(problems, texts) for text in group]
-    correct = torch.tensor([is_correct(*pair) for pair in pairs]).view(count, samples).double()
+    correct = torch.tensor([is_correct(*pair) for pair in pairs], device="cpu")
+    correct = correct.view(count, samples).double()
     counts = correct.sum(1).long().numpy()
     powers = [2**i for i in range(samples.bit_length())]
     return {
@@ -825,8 +826,11 @@ def check_same_task(content: dict):
     characters = content.get("characters", "0123456789+-*=")
     if characters != CHARACTERS:
         raise ValueError(f"its characters are {characters}, those of OPERATORS are {CHARACTERS}")
-    here = single_results()
-    for then, now in zip(content.get("single_results", here), here, strict=True):
+    first = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    table = [
+        f"{a}{o}{b}={first[o](int(a), int(b)) % 10}" for o in first for a in DIGITS for b in DIGITS
+    ]
+    for then, now in zip(content.get("single_results", table), single_results(), strict=True):
         if then != now:
             raise ValueError(f"it was trained with {then}, but now OPERATORS give {now}")
 
@@ -911,6 +915,10 @@ def new_directory(s: Settings) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume its run")
+        try:
+            (out / "config.json").touch(exist_ok=False)  # of two simultaneous runs one succeeds
+        except FileExistsError:
+            raise ValueError(f"another run has just started in {out}") from None
         return out
     Path("out").mkdir(exist_ok=True)
     for number in itertools.count(1):
@@ -967,11 +975,13 @@ def main(argv=None) -> int:
 
 
 def open_missing_streams():
-    """Send what is printed to nowhere if the program was started without stdout or stderr."""
+    """Make stdout and stderr usable: to nowhere if one is missing, escapes for what it lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # its encoding may lack a character
 
 
 if __name__ == "__main__":

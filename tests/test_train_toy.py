@@ -748,3 +748,13 @@ def test_smoke_run_learns(tmp_path):
     assert run("--preset", "smoke", "--threads", 1, "--out_dir", tmp_path / "smoke") == 0
     before, *_, after = toy.read_metrics(tmp_path / "smoke", "eval")
     assert after["tiers"]["3"]["avg@8"] > before["tiers"]["3"]["avg@8"] + 0.1
+
+
+def test_the_first_checkpoints_are_known_by_their_operations(monkeypatch):
+    """course/base.pt does not say what it was trained with: it was + - *, and not another *."""
+    path = Path(__file__).parent.parent / "course" / "base.pt"
+    assert "single_results" not in torch.load(path, weights_only=True)
+    toy.load_model(path)
+    monkeypatch.setitem(toy.OPERATORS, "*", max)
+    with pytest.raises(ValueError, match=r"trained with 0\*1=0, but now OPERATORS give 0\*1=1"):
+        toy.load_model(path)
