@@ -188,6 +188,17 @@ def worth(costs, idle_costs) -> tuple[float, float, float]:
     return 1 - np.mean(costs) / np.mean(idle_costs), 1 - high, 1 - low
 
 
+def ratio_text(above, below) -> str:
+    """Return mean(above) / mean(below) and its 95% interval as text."""
+    return with_limits(np.mean(above) / np.mean(below), *ratio_interval(above, below))
+
+
+def with_limits(value: float, low: float, high: float) -> str:
+    """Return a value and its interval as text."""
+    limits = f"{low:.2f} to {high:.2f}" if np.isfinite(low) else "unbounded"
+    return f"{value:.2f} ({limits})"
+
+
 def ratio_interval(above, below) -> tuple[float, float]:
     """Return the 95% interval of mean(above) / mean(below), for pairs of values, by Fieller.
 
@@ -228,10 +239,9 @@ def worth_table(lines: list[dict], arms: dict[str, tuple[str, int]], unit: str) 
         found = costs(lines, arm, control, s_inter, unit)
         n = len(found["arm - control"])
         if n:
-            value, low, high = worth(found["arm - control"], found["idle - control"])
-            interval = f"{low:.2f} to {high:.2f}" if np.isfinite(low) else "unbounded"
             cells = [with_interval(found[name]) for name in columns]
-            rows.append([arm, control, n, *cells, f"{value:.2f} ({interval})"])
+            value = with_limits(*worth(found["arm - control"], found["idle - control"]))
+            rows.append([arm, control, n, *cells, value])
     return markdown_table(["arm", "control", f"{unit}s", *columns, "worth"], rows)
 
 

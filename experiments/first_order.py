@@ -25,24 +25,18 @@ from experiments import common
 from minibupo import FULL, Policy, update
 
 
-def policy_step(policy: Policy, lr: float, **options):
-    """Return a function that makes one update on a batch: step(model, rollouts)."""
+def policy_step(policy: Policy, lr: float, frozen=lambda model: [], **options):
+    """Return a function that makes one update on a batch: step(model, rollouts).
+
+    frozen(model) returns the parameters that stay as they are.
+    """
 
     def step(model, rollouts):
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-        update(model, optimizer, rollouts, policy, **options)
-
-    return step
-
-
-def frozen_step(layer: int, lr: float, **options):
-    """Return a step of GRPO that trains only what phase 1 at a layer would train."""
-
-    def step(model, rollouts):
-        for parameter in common.above(model, layer):
+        for parameter in frozen(model):
             parameter.requires_grad_(False)
-        policy_step(FULL, lr, **options)(model, rollouts)
-        for parameter in common.above(model, layer):
+        update(model, optimizer, rollouts, policy, **options)
+        for parameter in frozen(model):
             parameter.requires_grad_(True)
 
     return step

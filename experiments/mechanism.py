@@ -1,38 +1,63 @@
-"""Why phase 1 costs: does the gradient of an internal policy point where GRPO's does?
+"""Why phase 1 costs: can one tell beforehand what a step of it is worth?
 
-    python -m experiments.mechanism worth      # first-order worth, what is missing: half an hour
-    python -m experiments.mechanism cosines    # cosines of gradients, what is missing: half an hour
+    python -m experiments.mechanism worth      # predicted and measured worth: two hours
+    python -m experiments.mechanism cosines    # cosines of gradients: half an hour
     python -m experiments.mechanism report     # only the report, of the committed results
+    python -m experiments.mechanism worth --quick DIR    # the smallest form, into DIR
 
-Run experiments.study first: its base models and results are read here. `worth` predicts, from
-batches of 32 x 8 rollouts of each base model, what a step of phase 1 is worth (first_order.py), and
-the report compares it with what the study measured on the same base model. `cosines` takes the
-cosine of InterGRPO's gradient at layer l with GRPO's over the layers 1..l. Two controls show how to
-read it: the cosine of two halves of a batch, and that with shuffled advantages.
+`worth` runs what is missing of three things, each on the same base models. It trains the arms of
+the study, together with those of experiments.passk, which has to run first: this is the measured
+worth. It predicts worth from batches of 32 x 8 rollouts of a base model (first_order.py). And it
+takes one and five steps of each kind, and samples from the model right after them: this shows what
+the first order leaves out.
+
+`cosines` takes the cosine of InterGRPO's gradient at layer l with GRPO's over the layers 1..l, on
+the base models of experiments.study. Two controls show how to read it: the cosine of two halves of
+a batch, and that with shuffled advantages.
 """
 
 import argparse
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import train_toy as toy
-from experiments import common, study
+from experiments import common, passk, study
 from experiments.common import cosine, gradient
-from experiments.first_order import first_order_worth, frozen_step, policy_step, rises
+from experiments.first_order import first_order_worth, policy_step, rises
 from minibupo import FULL, Policy, group_advantages, phases, update
 
 RESULTS = common.RESULTS / "mechanism.jsonl"
 WORTH_RESULTS = common.RESULTS / "first_order.jsonl"
+WORTH_RUNS = common.RESULTS / "worth_runs.jsonl"
 SEED = 600
 BATCHES = 3
 STEPS = (0, 5, 20, 60)
+WORTH_BASES = passk.BASES[:6]
 WORTH_BATCHES = 6
+AFTER = (1, 5)  # steps of one kind, after which accuracy is measured directly
 STEP_OF = {  # kinds of arms, and the step that predicts them
     study.Arm(s_inter=5): "layer {}",
-    study.Arm(s_inter=5, loop=study.frozen_above): "above {} frozen",
+    study.Arm(s_inter=5, loop=study.frozen_above): "layers above {} frozen",
+    study.Arm(s_inter=5, loop=study.embedding_frozen): "layer {}, embedding frozen",
 }
+AFTER_ARMS = (  # with their steps, beside GRPO
+    "BuPO, layer 1",
+    "BuPO, layer 3",
+    "BuPO, layer 5",
+    "BuPO, layer 3, embedding frozen",
+    "GRPO, above 3 frozen",
+)
+RUNS = (  # arms besides those of experiments.passk; the first ones are the most important
+    *("BuPO, layer 5", "BuPO, layer 1", "GRPO, above 3 frozen"),
+    *(name for name, arm in study.ARMS.items() if arm.W == 1),
+    "BuPO, layer 3, embedding frozen",
+    *(name for W in (0.3, 3) for name, arm in study.ARMS.items() if arm.W == W),
+    *("BuPO, layer 4", "GRPO, above 5 frozen", "BuPO, layer 2", "GRPO, above 1 frozen"),
+)
 
 # ---- what is measured ----------------------------------------------------------------------------
 
@@ -64,18 +89,13 @@ def measure(model, rollouts, generator) -> dict:
     return found
 
 
-def base_path(base: int, W: float):
-    """Return the file of a base model of the study."""
-    return common.ROOT / "out" / "study" / f"base{base}-W{W}.pt"
-
-
 def cosines(base: int, W: float) -> dict:
     """Return the cosines on a base model, and for W = 0 also during GRPO: {step: {name: list}}."""
     torch.set_num_threads(1)
     started = time.process_time()
     s = toy.Settings(seed=study.SEEDS[0], **study.SIZES)
     fresh = toy.Settings(seed=SEED, **study.SIZES)  # for rollouts that nothing is trained on
-    model = toy.load_model(base_path(base, W))
+    model = toy.load_model(study.base_file(study.OUT, base, W))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
     generator = torch.Generator().manual_seed(base)
     steps = {}
@@ -98,28 +118,60 @@ def cosines(base: int, W: float) -> dict:
     return {"cosines": steps, "seconds": time.process_time() - started}
 
 
-def worth(base: int, W: float) -> dict:
-    """Return first_order.rises on a base model, for phase 1 at each layer and the frozen control.
+def train(name: str, seed: int, base: Path, sizes: dict) -> dict:
+    """Train one arm of the study from one base model, and return its record."""
+    torch.set_num_threads(1)
+    started = time.process_time()
+    job = study.training(study.ARMS[name], seed, base, sizes)
+    reward = [float(rollouts.rewards.mean()) for _, rollouts in study.ARMS[name].loop(job)]
+    return {"layer": job.layer, "reward": reward, "seconds": time.process_time() - started}
 
-    `reward` is that of the study's first rollouts: it tells whether this is the same base model.
+
+def worth(base: Path, sizes: dict, batches: int, problems: int) -> dict:
+    """Predict the worth of each kind of step on a base model, and measure what a few steps do.
+
+    `rises` are those of first_order.py. `after` has, by arm, how much the accuracy on held-out
+    problems has risen after each number of its steps in AFTER. `reward` is that of the first
+    rollouts in training: it tells whether this is the same base model.
     """
     torch.set_num_threads(1)
     started = time.process_time()
-    s = toy.Settings(seed=study.SEEDS[0], **study.SIZES)
-    fresh = toy.Settings(seed=SEED, **study.SIZES)
-    model = toy.load_model(base_path(base, W))
-    batches = [toy.rollouts(fresh, model, i) for i in range(WORTH_BATCHES)]
+    s = toy.Settings(seed=passk.SEED, **sizes)
+    fresh = toy.Settings(seed=passk.SEED + 1, **sizes)  # for rollouts that no run is trained on
+    model = toy.load_model(base)
     steps = {"GRPO": policy_step(FULL, s.lr)}
     for l in range(1, s.n_layer + 1):
         steps[f"layer {l}"] = policy_step(Policy(l), s.lr)
     for l in range(1, s.n_layer):
-        steps[f"above {l} frozen"] = frozen_step(l, s.lr)
-    found = rises(model, batches, steps)
+        steps[f"layers above {l} frozen"] = policy_step(FULL, s.lr, partial(common.above, layer=l))
+        frozen = policy_step(Policy(l), s.lr, lambda model: [model.embed.weight])
+        steps[f"layer {l}, embedding frozen"] = frozen
+    found = rises(model, [toy.rollouts(fresh, model, i) for i in range(batches)], steps)
     return {
         "reward": float(toy.rollouts(s, model, 1).rewards.mean()),
         "rises": {name: matrix.tolist() for name, matrix in found.items()},
+        "after": {arm: rise_after(arm, base, sizes, problems) for arm in ("GRPO", *AFTER_ARMS)},
         "seconds": time.process_time() - started,
     }
+
+
+def rise_after(arm: str, base: Path, sizes: dict, problems: int) -> list[float]:
+    """Return by how much accuracy has risen after each number of an arm's first steps in AFTER.
+
+    All arms answer the same held-out problems, and draw their samples with the same random numbers.
+    """
+    job = study.training(study.ARMS[arm], passk.SEED, base, sizes)
+
+    def accuracy():
+        return toy.evaluate(job.model, job.s, [job.s.n], problems)[0][str(job.s.n)]["avg@8"]
+
+    before = accuracy()
+    found = []
+    for step, _ in study.ARMS[arm].loop(job):
+        if step in AFTER:
+            found.append(accuracy() - before)
+        if step == max(AFTER):
+            return found
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -213,73 +265,158 @@ def table_of_worth(lines: list[dict]) -> str:
     return common.markdown_table(["base", *names], rows)
 
 
+def step_of(run: dict) -> str | None:
+    """Return the name of the step that predicts a run of the study, or None if there is none."""
+    arm = study.ARMS[run["arm"]]
+    kind = STEP_OF.get(arm._replace(control="GRPO", layer=study.RULE, W=0))
+    return kind and kind.format(run["layer"])
+
+
 def worth_points(lines: list[dict], runs: list[dict]) -> list[tuple]:
     """Return (name of the step, base, W, predicted, measured worth) of every arm of five steps.
 
-    The measured worth is that of one base model, over its seeds. A base model that does not repeat
-    the first reward of the study's run is another one, and is left out.
+    The measured worth is that of one base model. A base model that does not repeat the first reward
+    of the run is another one, and is left out.
     """
     points = {}
     for line in lines:
-        base = line["base"]
-        W = line["W"]
-        of_base = [run for run in runs if run["base"] == base]
-        run_of = {(run["arm"], run["seed"]): run for run in of_base}
-        for name, arm in study.ARMS.items():
-            trained = run_of.get((name, study.SEEDS[0]))
-            control = run_of.get((arm.control, study.SEEDS[0]))
-            kind = arm._replace(control="GRPO", layer=study.RULE, W=0)
-            if kind not in STEP_OF or arm.W != W or not trained or not control:
-                continue
-            if control["reward"][0] != line["reward"]:
-                continue
-            step = STEP_OF[kind].format(trained["layer"])
-            found = common.costs(of_base, name, arm.control, arm.s_inter, "base")
-            measured, _, _ = common.worth(found["arm - control"], found["idle - control"])
-            # the rule's layer comes first, with two seeds
-            points.setdefault((step, base, W), (predicted_worth(line, step)[0], float(measured)))
+        of_base = [run for run in runs if run["base"] == line["base"]]
+        control = "GRPO" if line["W"] == 0 else f"GRPO, W = {line['W']}"
+        same = [run["reward"][0] == line["reward"] for run in of_base if run["arm"] == control]
+        if not all(same) or not same:
+            continue
+        for run in of_base:
+            arm = study.ARMS[run["arm"]]
+            step = step_of(run)
+            if step and arm.W == line["W"]:
+                found = common.costs(of_base, run["arm"], control, arm.s_inter, "base")
+                measured, _, _ = common.worth(found["arm - control"], found["idle - control"])
+                predicted, _ = predicted_worth(line, step)
+                # the rule's layer may be that of another arm: then both runs are the same
+                points[step, line["base"], line["W"]] = (predicted, float(measured))
     return [(*key, *values) for key, values in points.items()]
+
+
+def table_of_steps(lines: list[dict], runs: list[dict], W: float) -> str:
+    """Return what is left of the predicted worth after one step, five steps and a whole run.
+
+    Each is a ratio of means over base models, with its 95% interval by Fieller.
+    """
+    of_W = [line for line in lines if line["W"] == W]
+    rows = []
+    for name in AFTER_ARMS:
+        step = step_of(next(run for run in runs if run["arm"] == name))
+        cells = [common.ratio_text(*(mean_rises(of_W, x) for x in (step, "GRPO")))]
+        for i in range(len(AFTER)):
+            rise, rise_of_grpo = (
+                [line["after"][arm][i] for line in of_W] for arm in (name, "GRPO")
+            )
+            cells.append(common.ratio_text(rise, rise_of_grpo))
+        bases = {line["base"] for line in of_W}
+        found = common.costs([r for r in runs if r["base"] in bases], name, "GRPO", 5, "base")
+        lost = np.array(found["idle - control"]) - found["arm - control"]
+        cells.append(common.ratio_text(lost, found["idle - control"]) if len(lost) else "")
+        rows.append([step, *cells])
+    head = ["step", "first order", "after one step", "after five steps", "over the run"]
+    return common.markdown_table(head, rows)
+
+
+def mean_rises(lines: list[dict], step: str) -> list[float]:
+    """Return the first-order rise of expected reward with a step, one mean per base model."""
+    found = [np.array(line["rises"][step]) for line in lines]
+    return [float(matrix[~np.eye(len(matrix), dtype=bool)].mean()) for matrix in found]
 
 
 def report_of_worth(lines: list[dict], runs: list[dict]) -> str:
     """Return the predicted worth of all steps, and how it compares with the measured one."""
+    texts = [
+        "First-order worth of one step (first_order.py), batches of 32 x 8 rollouts; ± is half of "
+        "the 95% interval by the jackknife over batches. Base models are those of "
+        "experiments.passk.\n\n" + table_of_worth(lines)
+    ]
     points = worth_points(lines, runs)
-    text = (
-        f"First-order worth of one step (first_order.py), {WORTH_BATCHES} batches of 32 x 8; ± is "
-        "half of the 95% interval by the jackknife over batches.\n\n" + table_of_worth(lines)
-    )
+    for W in sorted({W for _, _, W, *_ in points}):
+        texts.append(agreement([point for point in points if point[2] == W], f"W = {W}"))
     if points:
-        predicted, measured = np.array([point[3:] for point in points]).T
-        distance = np.sqrt(np.mean((predicted - measured) ** 2))
-        text += (
-            f"\n\nPredicted and measured worth: {len(points)} points of "
-            f"{len({base for _, base, *_ in points})} bases, means {predicted.mean():.2f} and "
-            f"{measured.mean():.2f}, correlation {np.corrcoef(predicted, measured)[0, 1]:.2f}, "
-            f"distance from y = x {distance:.2f} (root mean square)."
+        texts.append(agreement(points, "All"))
+        texts.append(
+            "What the first order leaves out, W = 0: the rise of reward with a step over that with "
+            "a step of GRPO, to first order; the rise of held-out accuracy after one and after "
+            "five real steps over that after as many of GRPO; and the worth over the whole run. "
+            "Ratios of means over base models, with 95% intervals by Fieller.\n\n"
+            + table_of_steps(lines, runs, 0)
         )
-    return text
+    return "\n\n".join(texts)
+
+
+def agreement(points: list[tuple], name: str) -> str:
+    """Return how well predicted and measured worth agree."""
+    predicted, measured = np.array([point[3:] for point in points]).T
+    distance = np.sqrt(np.mean((predicted - measured) ** 2))
+    return (
+        f"{name}: {len(points)} points of {len({base for _, base, *_ in points})} base models. "
+        f"Predicted {predicted.mean():.2f}, measured {measured.mean():.2f} (means); correlation "
+        f"{np.corrcoef(predicted, measured)[0, 1]:.2f}; distance from y = x {distance:.2f} (root "
+        "mean square)."
+    )
 
 
 def report() -> str:
     """Return the report of the results in the files."""
-    runs = common.read_lines(study.RESULTS)
     texts = ["Results of `python -m experiments.mechanism`."]
     if lines := common.read_lines(WORTH_RESULTS):
-        texts.append(f"## Worth, predicted\n\n{report_of_worth(lines, runs)}")
-    texts.append(f"## Cosines\n\n{report_of_cosines(common.read_lines(RESULTS), runs)}")
+        texts.append(f"## Worth, predicted and measured\n\n{report_of_worth(lines, worth_runs())}")
+    cosines = report_of_cosines(common.read_lines(RESULTS), common.read_lines(study.RESULTS))
+    texts.append(f"## Cosines\n\n{cosines}")
     return "\n\n".join(texts)
+
+
+def worth_runs() -> list[dict]:
+    """Return the records of all runs from the base models of experiments.passk."""
+    return common.read_lines(passk.RESULTS) + common.read_lines(WORTH_RUNS)
+
+
+def measure_worth(out: Path, results: Path, runs: Path, sizes: dict, plan: list, batches, problems):
+    """Train the runs of a plan that are missing, and measure worth on each of its base models.
+
+    `out` has the base models. Records of runs go to the file `runs`, others to `results`.
+    """
+    study.run_missing(out, runs, sizes, plan, train)
+    jobs = []
+    for base, W in sorted({(base, study.ARMS[name].W) for name, base, _ in plan}):
+        path = study.base_file(out, base, W)
+        jobs.append(({"base": base, "W": W}, worth, path, sizes, batches, problems))
+    common.run_missing(results, jobs)
 
 
 def main(argv=None):
     """Measure what is missing; write the report."""
     parser = argparse.ArgumentParser("mechanism", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("worth", "cosines", "report"))
-    what = parser.parse_args(argv).what
-    if what != "report":
-        measured, results = {"worth": (worth, WORTH_RESULTS), "cosines": (cosines, RESULTS)}[what]
+    parser.add_argument("--quick", type=Path, metavar="DIR", help="small and short, into DIR")
+    args = parser.parse_args(argv)
+    if args.quick:
+        quick(args.quick)
+        return
+    if args.what == "worth":
+        plan = [(name, base, passk.SEED) for name in RUNS for base in WORTH_BASES]
+        measure_worth(passk.OUT, WORTH_RESULTS, WORTH_RUNS, study.SIZES, plan, WORTH_BATCHES, 1024)
+    if args.what == "cosines":
         pairs = [(base, W) for W in (0, *study.WEIGHTS) for base in study.BASES]
-        common.run_missing(results, [({"base": b, "W": W}, measured, b, W) for b, W in pairs])
+        jobs = [({"base": b, "W": W}, cosines, b, W) for b, W in pairs]
+        common.run_missing(RESULTS, jobs)
     common.save_report(RESULTS, report())
+
+
+def quick(out: Path):
+    """Measure worth in its smallest form."""
+    results = out / "first_order.jsonl"
+    runs = out / "worth_runs.jsonl"
+    plan = [(name, 0, passk.SEED) for name in ("GRPO", *AFTER_ARMS)]
+    measure_worth(out, results, runs, study.QUICK, plan, batches=3, problems=16)
+    common.save_report(
+        results, report_of_worth(common.read_lines(results), common.read_lines(runs))
+    )
 
 
 if __name__ == "__main__":

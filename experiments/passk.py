@@ -23,6 +23,7 @@ import torch
 import train_toy as toy
 from experiments import common, study
 
+OUT = common.ROOT / "out" / "passk"
 RESULTS = common.RESULTS / "passk.jsonl"
 BASES, SEED = range(400, 416), 600
 SAMPLES, PROBLEMS = 64, 128
@@ -105,7 +106,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("passk", description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="run nothing; only write the report")
     if not parser.parse_args(argv).report:
-        study.run_missing(common.ROOT / "out" / "passk", RESULTS, study.SIZES, plan(), run)
+        study.run_missing(OUT, RESULTS, study.SIZES, plan(), run)
     common.save_report(RESULTS, report(common.read_lines(RESULTS)))
 
 

@@ -34,6 +34,7 @@ from experiments import common, ppo
 from minibupo import FULL, Policy, phases, update
 from model import GPT
 
+OUT = common.ROOT / "out" / "study"
 RESULTS = common.RESULTS / "study.jsonl"
 RULE = "rule"  # the layer that the paper's rule picks on a base model
 FINITE = 96  # problems of the finite training set
@@ -109,6 +110,15 @@ def frozen_above(run: Training):
         yield step, rollouts
 
 
+def embedding_frozen(run: Training):
+    """BuPO whose phase 1 leaves the embedding, which is also E_u, as it is."""
+    for step, policy in run.phases(run.target):
+        run.model.embed.weight.requires_grad_(policy == FULL)
+        rollouts = run.sample(step)
+        run.update(run.model, rollouts, policy)
+        yield step, rollouts
+
+
 def on_policy(run: Training):
     """BuPO whose responses are sampled from the policy that learns, in phase 1 as well."""
     for step, policy in run.phases(run.target):
@@ -179,6 +189,7 @@ ARMS = {
     "GRPO, moments reset at 5": Arm(s_inter=5, loop=only_reset),
     "BuPO, rule, moments kept": Arm("BuPO, rule", 5, loop=moments_kept),
     "BuPO, layer 3, on-policy": Arm("BuPO, layer 3", 5, 3, loop=on_policy),
+    "BuPO, layer 3, embedding frozen": Arm(s_inter=5, layer=3, loop=embedding_frozen),
     "BuPO, layer 3, normed": Arm("BuPO, layer 3", 5, 3, loop=normed),
     "BuPO, rule, normed": Arm("BuPO, rule", 5, loop=normed),
     **{f"GRPO, W = {W}": Arm(None, W=W) for W in WEIGHTS},
@@ -228,6 +239,11 @@ def plan() -> list[tuple]:
 
 
 # ---- one run -------------------------------------------------------------------------------------
+
+
+def base_file(out: Path, base: int, W: float) -> Path:
+    """Return the file of a base model."""
+    return out / f"base{base}-W{W}.pt"
 
 
 def make_base(path: Path, s: toy.Settings):
@@ -371,7 +387,7 @@ def main(argv=None):
         sizes = QUICK
         runs = [(name, 0, 300) for name in QUICK_ARMS]
     else:
-        out = common.ROOT / "out" / "study"
+        out = OUT
         results = RESULTS
         sizes = SIZES
         runs = plan()
@@ -384,7 +400,7 @@ def run_missing(out: Path, results: Path, sizes: dict, runs: list[tuple], run=ru
     """Make the runs that have no record yet, and before them the base models that they need."""
     jobs = []
     for name, base, seed in runs:
-        path = out / f"base{base}-W{ARMS[name].W}.pt"
+        path = base_file(out, base, ARMS[name].W)
         jobs.append(({"arm": name, "base": base, "seed": seed}, run, name, seed, path, sizes))
     bases = {}
     for key, _, name, _, path, _ in common.missing_jobs(results, jobs):

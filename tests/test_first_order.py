@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import first_order, mechanism, study
+from experiments import common, first_order, mechanism, study
 from minibupo import FULL, Policy, Rollouts
 from model import GPT, GPTConfig
 
@@ -101,12 +101,15 @@ def test_rises_are_slopes_along_the_change_of_the_weights(policy):
 
 
 def test_the_frozen_step_moves_what_phase_1_moves():
+    def above_1(model):
+        return common.above(model, 1)
+
     model = tiny_model()
     batch = rollouts(model, 1, 64)
     changes = {}
     for name, step in (
         ("phase 1", first_order.policy_step(Policy(1), 1e-3, minibatches=1)),
-        ("frozen", first_order.frozen_step(1, 1e-3, minibatches=1)),
+        ("frozen", first_order.policy_step(FULL, 1e-3, frozen=above_1, minibatches=1)),
         ("GRPO", first_order.policy_step(FULL, 1e-3, minibatches=1)),
     ):
         change = first_order.weight_change(model, lambda model, step=step: step(model, batch))
@@ -154,12 +157,37 @@ def test_predictions_are_compared_only_on_the_same_base_model():
     ]
     ones = np.ones((3, 3))
     line = {"base": 70, "W": 0, "reward": 0.1, "rises": {"GRPO": ones.tolist()}}
-    line["rises"] |= {"layer 3": (0.2 * ones).tolist(), "above 3 frozen": (0.7 * ones).tolist()}
+    line["rises"] |= {
+        "layer 3": (0.2 * ones).tolist(),
+        "layers above 3 frozen": (0.7 * ones).tolist(),
+    }
     found = mechanism.worth_points([line], runs)
     assert found == [
         ("layer 3", 70, 0, pytest.approx(0.2), pytest.approx(0)),
-        ("above 3 frozen", 70, 0, pytest.approx(0.7), pytest.approx(1)),
+        ("layers above 3 frozen", 70, 0, pytest.approx(0.7), pytest.approx(1)),
     ]
     assert mechanism.worth_points([line | {"reward": 0.11}], runs) == []
     assert mechanism.worth_points([line | {"W": 1}], runs) == []
-    assert "| 70, W = 0 | 0.20 ± 0.00 | 0.70 ± 0.00 |" in mechanism.report_of_worth([line], runs)
+    assert "| 70, W = 0 | 0.20 ± 0.00 | 0.70 ± 0.00 |" in mechanism.table_of_worth([line])
+
+
+def test_the_table_of_what_the_first_order_leaves_out():
+    pytest.importorskip("scipy", reason="the extra `bench` is not installed")
+    grpo = np.arange(0, 0.8, 0.05)
+    idle = np.concatenate([np.zeros(5), grpo[:-5]])
+    runs = []
+    lines = []
+    for base in (400, 401):
+        runs.append(dict(arm="GRPO", base=base, seed=600, reward=grpo.tolist(), layer=4))
+        rises = {"GRPO": [[9, 1, 1], [1, 9, 1], [1, 1, 9]]}  # the diagonal does not count
+        after = {"GRPO": [0.02, 0.1]}
+        for arm in mechanism.AFTER_ARMS:
+            layer = study.ARMS[arm].layer
+            reward = (0.75 * idle + 0.25 * grpo).tolist()  # worth 1/4
+            runs.append(dict(arm=arm, base=base, seed=600, reward=reward, layer=layer))
+            rises[mechanism.step_of(runs[-1])] = [[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]]
+            after[arm] = [0.01, 0.02]
+        lines.append({"base": base, "W": 0, "rises": rises, "after": after})
+    table = mechanism.table_of_steps(lines, runs, W=0)
+    values = [cell.split(" (")[0] for cell in table.splitlines()[2].split(" | ")]
+    assert values == ["| layer 1", "0.50", "0.50", "0.20", "0.25"]
