@@ -219,7 +219,7 @@ def ratio_interval(above, below) -> tuple[float, float]:
     c = x**2 - xx
     if a <= 0:
         return -np.inf, np.inf
-    root = np.sqrt(b**2 - a * c)
+    root = np.sqrt(max(b**2 - a * c, 0))  # rounding can make a zero negative
     return float((b - root) / a), float((b + root) / a)
 
 
