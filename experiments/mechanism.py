@@ -51,12 +51,11 @@ AFTER_ARMS = (  # with their steps, beside GRPO
     "BuPO, layer 3, embedding frozen",
     "GRPO, above 3 frozen",
 )
-RUNS = (  # arms besides those of experiments.passk; the first ones are the most important
-    *("BuPO, layer 5", "BuPO, layer 1", "GRPO, above 3 frozen"),
-    *(name for name, arm in study.ARMS.items() if arm.W == 1),
+RUNS = (  # arms besides those of experiments.passk
+    *(f"BuPO, layer {l}" for l in (5, 1, 4, 2)),
     "BuPO, layer 3, embedding frozen",
-    *(name for W in (0.3, 3) for name, arm in study.ARMS.items() if arm.W == W),
-    *("BuPO, layer 4", "GRPO, above 5 frozen", "BuPO, layer 2", "GRPO, above 1 frozen"),
+    *(f"GRPO, above {l} frozen" for l in (3, 5, 1)),
+    *(name for name, arm in study.ARMS.items() if arm.W),
 )
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -376,17 +375,17 @@ def worth_runs() -> list[dict]:
     return common.read_lines(passk.RESULTS) + common.read_lines(WORTH_RUNS)
 
 
-def measure_worth(out: Path, results: Path, runs: Path, sizes: dict, plan: list, batches, problems):
+def measure_worth(out: Path, folder: Path, sizes: dict, plan: list, batches: int, problems: int):
     """Train the runs of a plan that are missing, and measure worth on each of its base models.
 
-    `out` has the base models. Records of runs go to the file `runs`, others to `results`.
+    Base models are in `out`, and results in two files of the folder.
     """
-    study.run_missing(out, runs, sizes, plan, train)
+    study.run_missing(out, folder / WORTH_RUNS.name, sizes, plan, train)
     jobs = []
     for base, W in sorted({(base, study.ARMS[name].W) for name, base, _ in plan}):
         path = study.base_file(out, base, W)
         jobs.append(({"base": base, "W": W}, worth, path, sizes, batches, problems))
-    common.run_missing(results, jobs)
+    common.run_missing(folder / WORTH_RESULTS.name, jobs)
 
 
 def main(argv=None):
@@ -399,8 +398,10 @@ def main(argv=None):
         quick(args.quick)
         return
     if args.what == "worth":
-        plan = [(name, base, passk.SEED) for name in RUNS for base in WORTH_BASES]
-        measure_worth(passk.OUT, WORTH_RESULTS, WORTH_RUNS, study.SIZES, plan, WORTH_BATCHES, 1024)
+        for W in (0, 1, 0.3, 3):
+            names = [name for name in RUNS if study.ARMS[name].W == W]
+            plan = [(name, base, passk.SEED) for name in names for base in WORTH_BASES]
+            measure_worth(passk.OUT, common.RESULTS, study.SIZES, plan, WORTH_BATCHES, 1024)
     if args.what == "cosines":
         pairs = [(base, W) for W in (0, *study.WEIGHTS) for base in study.BASES]
         jobs = [({"base": b, "W": W}, cosines, b, W) for b, W in pairs]
@@ -410,13 +411,11 @@ def main(argv=None):
 
 def quick(out: Path):
     """Measure worth in its smallest form."""
-    results = out / "first_order.jsonl"
-    runs = out / "worth_runs.jsonl"
     plan = [(name, 0, passk.SEED) for name in ("GRPO", *AFTER_ARMS)]
-    measure_worth(out, results, runs, study.QUICK, plan, batches=3, problems=16)
-    common.save_report(
-        results, report_of_worth(common.read_lines(results), common.read_lines(runs))
-    )
+    measure_worth(out, out, study.QUICK, plan, batches=3, problems=16)
+    runs = common.read_lines(out / WORTH_RUNS.name)
+    lines = common.read_lines(out / WORTH_RESULTS.name)
+    common.save_report(out / RESULTS.name, report_of_worth(lines, runs))
 
 
 if __name__ == "__main__":
