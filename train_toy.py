@@ -549,12 +549,10 @@ def pick_target(s: Settings, dH_mlp: list, base: str) -> Policy:
 def print_internal_entropies(inside: dict, target: Policy, s: Settings):
     """Print the entropies of the base model's internal policies, and mark the target layer."""
     print(f"\ninternal entropies of the base, in nats (uniform: {math.log(VOCAB_SIZE):.2f})")
-    print("layer  entropy   normed  dH_ATTN   dH_FFN dH_Layer")
-    names = ("layer", "layer_normed", "dH_attn", "dH_mlp", "dH_layer")
-    columns = [inside[name][-s.n_layer :] for name in names]  # without H^0, which two of them have
-    for l, row in enumerate(zip(*columns), 1):
+    print("layer  entropy   dH_FFN")
+    for l in range(1, s.n_layer + 1):
         mark = "  <- target" if l == target.layer and s.s_inter else ""
-        print(f"{l:5}" + "".join(f"{value:9.2f}" for value in row) + mark)
+        print(f"{l:5}{inside['layer'][l]:9.2f}{inside['dH_mlp'][l - 1]:9.2f}{mark}")
 
 
 def check_mixed_outcomes(mixed: float, n: int):
@@ -643,7 +641,7 @@ def add_evaluation(records: list, s: Settings, model, step: int):
     results, examples = evaluate(model, s, s.tiers, count)
     add_record(records, "eval", step=step, problems=count, tiers=results, examples=examples)
     tqdm.write(f"\nat step {step}, on {count} held-out problems of each number of digits:")
-    names = (f"avg@{SAMPLES}", f"avg@{SAMPLES}_se", "correct_lines", f"pass@{SAMPLES}", "length")
+    names = (f"avg@{SAMPLES}", f"pass@{SAMPLES}", "correct_lines", "length")
     tqdm.write("digits" + "".join(f"{name:>14}" for name in names))
     for n, tier in results.items():
         tqdm.write(f"{n:>6}" + "".join(f"{tier[name]:14.3f}" for name in names))
