@@ -8,6 +8,7 @@ experiments/figures. Needs the extra `bench`.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -17,9 +18,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import analyze
-from experiments import common, compare, lm_study, mechanism, study
+from experiments import common, compare, language_models, lm_study, mechanism, study
 
 RUNS = [str(common.ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
+CURVES = {  # arms of the curves, with their labels
+    "GRPO": "GRPO",
+    "GRPO, idle 5": "nothing for 5 steps, then GRPO",
+    "BuPO, rule": "BuPO: phase 1 for 5 steps",
+}
+KINDS = (("phase 1", False, "o", None), ("layers above frozen", True, "s", "white"))
 LANGUAGE_MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 EVALUATED = {"smollm2": range(0, 21, 5), "qwen": (0, 4, 8, 12, 16, 18)}  # optimizer steps
 # Rows of the figure of worth, from top to bottom: the arms of the study with their labels, then the
@@ -85,19 +92,34 @@ def scatter(points: list[tuple]):
     save(figure, "study_prediction.png")
 
 
-def predicted_and_measured(points: list[tuple]):
-    """Draw measured against predicted worth: one point per base model, W and arm, with y = x."""
-    figure, ax = plt.subplots(figsize=(4.5, 4), layout="constrained")
-    for i, W in enumerate((0, *study.WEIGHTS)):
-        for marker, is_frozen in (("o", False), ("s", True)):
-            chosen = [x[3:] for x in points if x[2] == W and ("frozen" in x[0]) == is_frozen]
-            kind = "frozen control" if is_frozen else "phase 1"
+@analyze.styled
+def worth(runs: list[dict], points: list[tuple], lm_points: list[tuple]):
+    """Draw training with and without phase 1, and predicted against measured worth."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(analyze.WIDTH, 3))
+    for (arm, label), style in zip(CURVES.items(), ("-", "--", "-")):
+        rewards = np.array([run["reward"] for run in runs if run["arm"] == arm])
+        steps = range(1, rewards.shape[1] + 1)
+        left.plot(steps, rewards.mean(0), style, label=label)
+    left.axvline(5.5, color=analyze.GREY, linewidth=0.8, linestyle=":")
+    left.set(xlabel="step", ylabel="training reward", xlim=(1, 40), ylim=(0, 1))
+    left.set_title(f"mean of {len(rewards)} base models; phase 1 ends at the dotted line")
+    left.legend(loc="lower right")
+
+    for W, colour in zip((0, *study.WEIGHTS), ("C0", "C4", "C1", "C2")):
+        of_W = [(step, x, y) for step, _, w, x, y in points if w == W]
+        for name, is_frozen, marker, fill in KINDS:
+            chosen = [(x, y) for step, x, y in of_W if ("above" in step) == is_frozen]
             if chosen:
-                style = dict(color=f"C{i}", markersize=3.5, label=f"{kind}, W = {W}")
-                ax.plot(*zip(*chosen), marker, fillstyle="none" if is_frozen else "full", **style)
-    ax.axline((0, 0), slope=1, color="0.45", linewidth=0.8)
-    ax.set(xlabel="worth of a step, predicted without training", ylabel="worth as measured")
-    ax.legend(fontsize=7)
+                label = f"{name}, W = {W}"
+                right.plot(*zip(*chosen), marker, color=colour, mfc=fill or colour, label=label)
+    for line, arm, predicted, half, (measured, low, high) in lm_points:
+        colour = {"smollm2": "C3", "qwen": "C5"}[line["model"]]
+        error = dict(xerr=half, yerr=[[measured - low], [high - measured]], linewidth=0.6)
+        right.errorbar(predicted, measured, color=colour, fmt="D", **error)
+        right.annotate(f"{LANGUAGE_MODELS[line['model']]}, {arm}", (predicted, measured), size=5)
+    right.axline((0, 0), slope=1, color=analyze.GREY, linewidth=0.8)
+    right.set(xlabel="worth predicted without training", ylabel="measured worth of a step")
+    right.legend(fontsize=6)
     save(figure, "study_worth.png")
 
 
@@ -153,10 +175,14 @@ def of_study() -> int:
     pairs = common.read_lines(common.RESULTS / "lm_pairs.jsonl")
     effects(runs, pairs)
     training(pairs)
+    for name in LANGUAGE_MODELS:
+        found = (common.RESULTS / f"language_model_{name}.json").read_text(encoding="utf-8")
+        language_models.draw(json.loads(found), name)
     scatter(mechanism.prediction(common.read_lines(mechanism.RESULTS), runs))
+    runs = mechanism.worth_runs()
     points = mechanism.worth_points(common.read_lines(mechanism.WORTH_RESULTS), runs)
-    if points:
-        predicted_and_measured(points)
+    predicted = common.read_lines(common.RESULTS / "lm_worth.jsonl")
+    worth(runs, points, lm_study.worth_points(predicted, pairs))
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python -m experiments.lm_study cosines smollm2      # or qwen: every layer, four batches
     python -m experiments.lm_study pairs smollm2        # or qwen: training in pairs
+    python -m experiments.lm_study worth smollm2        # or qwen: worth, predicted without training
     python -m experiments.lm_study report               # only the tables, of committed results
 
 Training is by minibupo_hf/train.py. What has a record is not run again. On two cores SmolLM2's
@@ -15,14 +16,16 @@ import argparse
 import shutil
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
 
 from experiments import common
 from experiments.common import cosine, gradient, markdown_table, with_interval
+from experiments.first_order import first_order_worth, policy_step, rises
 from experiments.language_models import GROUP, ROWS, arithmetic_rollouts, fetch
-from minibupo import Policy, group_advantages
+from minibupo import FULL, Policy, group_advantages
 from minibupo_hf.adapter import load
 from train_toy import pick_device
 
@@ -118,6 +121,31 @@ def train(name: str, arm: str, seed: int) -> dict:
     if torch.cuda.is_available():
         found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return found
+
+
+def worth(name: str) -> dict:
+    """Return first_order.rises for the phase 1 of each arm, on the model before any training.
+
+    An arm is named as in `arms`.
+    """
+    torch.set_num_threads(1)
+    started = time.process_time()
+    model, tokenizer = load(fetch(name), device=pick_device("auto"))
+    batches = [
+        arithmetic_rollouts(model, tokenizer, **TASKS[name], seed=700 + b) for b in range(BATCHES)
+    ]
+    steps = {}
+    for arm, (layer, is_frozen) in arms(name).items():
+        policy = FULL if layer is None or is_frozen else Policy(layer)
+        above = partial(common.above, layer=layer) if is_frozen else lambda model: []
+        steps[arm] = policy_step(policy, TRAINING[name]["lr"], above, chunk=ROWS)
+    found = rises(model, batches, steps, chunk=ROWS)
+    return {
+        "reward": float(np.mean([batch.rewards.mean().item() for batch in batches])),
+        "rises": {arm: matrix.tolist() for arm, matrix in found.items()},
+        "seconds": time.process_time() - started,
+        "machine": common.machine(),
+    }
 
 
 def training_options(name: str, seed: int) -> dict:
@@ -222,6 +250,36 @@ def worth_of(lines: list[dict]) -> str:
     return common.worth_table(lines, arms, unit="seed")
 
 
+def report_of_worth(lines: list[dict]) -> str:
+    """Return the predicted worth of each arm beside the measured one, both with 95% intervals."""
+    pairs = common.read_lines(common.RESULTS / "lm_pairs.jsonl")
+    rows = []
+    for line, arm, predicted, half, measured in worth_points(lines, pairs):
+        cells = [f"{predicted:.2f} ± {half:.2f}", common.with_limits(*measured)]
+        rows.append([line["model"], arm, *cells])
+    note = (
+        f"`python -m experiments.lm_study worth`: first-order worth (first_order.py), {BATCHES} "
+        "batches; ± is half of the 95% interval by the jackknife over batches. Measured: that of "
+        "`pairs`, 95% interval over seeds by Fieller."
+    )
+    return f"{note}\n\n{markdown_table(['model', 'arm', 'predicted', 'measured'], rows)}"
+
+
+def worth_points(lines: list[dict], pairs: list[dict]) -> list[tuple]:
+    """Return (record, arm, predicted worth, half of its interval, (measured, low, high))."""
+    points = []
+    for line in lines:
+        s_inter = TRAINING[line["model"]]["phase1"]
+        of_model = [pair for pair in pairs if pair["model"] == line["model"]]
+        for arm in line["rises"]:
+            if arm != "GRPO":
+                rise, rise_of_grpo = (np.array(line["rises"][name]) for name in (arm, "GRPO"))
+                found = common.costs(of_model, arm, "GRPO", s_inter, "seed")
+                measured = common.worth(found["arm - control"], found["idle - control"])
+                points.append((line, arm, *first_order_worth(rise, rise_of_grpo), measured))
+    return points
+
+
 def report_of_cosines(lines: list[dict]) -> str:
     """Return the report of all models."""
     texts = [
@@ -249,7 +307,7 @@ def by_model(lines: list[dict]) -> dict[str, list[dict]]:
     return {model: [line for line in lines if line["model"] == model] for model in models}
 
 
-REPORTS = {"cosines": report_of_cosines, "pairs": report_of_pairs}
+REPORTS = {"cosines": report_of_cosines, "pairs": report_of_pairs, "worth": report_of_worth}
 
 
 def report(what: str):
@@ -260,6 +318,8 @@ def report(what: str):
 
 def jobs_of(what: str, name: str) -> list[tuple]:
     """Return the jobs of a model for common.run_missing."""
+    if what == "worth":
+        return [({"model": name}, worth, name)]
     if what == "cosines":
         return [({"model": name, "batch": b}, cosines, name, b) for b in range(BATCHES)]
     return [
@@ -277,7 +337,7 @@ def main(argv=None) -> int:
     parser.add_argument("model", choices=TASKS, nargs="?")
     args = parser.parse_args(argv)
     if (args.what == "report") == (args.model is not None):
-        parser.error("cosines and pairs take a model, report takes none")
+        parser.error("report takes no model, everything else takes one")
     if args.what == "report":
         for what in REPORTS:
             report(what)

@@ -2,6 +2,7 @@
 
     python -m experiments.passk              # what is missing, two runs at a time: an hour
     python -m experiments.passk --report     # only the report, of the committed results
+    python -m experiments.passk --quick DIR  # the smallest form, into DIR
 
 The paper finds that BuPO is best at nearly all K. A run with fewer steps of GRPO keeps more
 entropy, and so it may solve more problems at large K for this reason alone. Hence the control is an
@@ -16,6 +17,7 @@ seed 600. Each run is evaluated with 64 samples of 128 problems.
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +46,7 @@ def plan() -> list[tuple]:
     return [(name, base, SEED) for arms in (ARMS, LONG_ARMS) for base in BASES for name in arms]
 
 
-def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
+def run(name: str, seed: int, base: Path, sizes: dict, problems=PROBLEMS) -> dict:
     """Train one arm of the study from one base model, and return its record.
 
     `longer` has Pass@K and more, by number of digits, at n + 1 and n + 2. `entropy` is that of
@@ -56,7 +58,7 @@ def run(name: str, seed: int, base: Path, sizes: dict) -> dict:
     reward = [float(rollouts.rewards.mean()) for _, rollouts in study.ARMS[name].loop(job)]
     s, model = job.s, job.model
     longer = replace(s, n=s.n + 1)  # its responses may be as long as n + 2 digits need
-    results, _ = toy.evaluate(model, longer, [s.n + 1, s.n + 2], PROBLEMS, samples=SAMPLES)
+    results, _ = toy.evaluate(model, longer, [s.n + 1, s.n + 2], problems, samples=SAMPLES)
     inside = toy.means_inside(model, *toy.own_solutions(model, s))
     return {
         "n": s.n,
@@ -104,10 +106,17 @@ def report(lines: list[dict]) -> str:
 def main(argv=None):
     """Pretrain and run what is missing; write and print the report."""
     parser = argparse.ArgumentParser("passk", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", type=Path, metavar="DIR", help="small and short, into DIR")
     parser.add_argument("--report", action="store_true", help="run nothing; only write the report")
-    if not parser.parse_args(argv).report:
+    args = parser.parse_args(argv)
+    results = RESULTS
+    if args.quick:
+        results = args.quick / RESULTS.name
+        runs = [(name, 0, SEED) for name in (*ARMS, *LONG_ARMS)]
+        study.run_missing(args.quick, results, study.QUICK, runs, partial(run, problems=8))
+    elif not args.report:
         study.run_missing(OUT, RESULTS, study.SIZES, plan(), run)
-    common.save_report(RESULTS, report(common.read_lines(RESULTS)))
+    common.save_report(results, report(common.read_lines(results)))
 
 
 if __name__ == "__main__":
