@@ -489,7 +489,8 @@ def draw_lens(page: dict, checkpoint: str, sites=SITES) -> Figure:
     figure = Figure(figsize=(max(WIDTH, column * M + 1), 0.2 * sum(heights) + 2))
     axes = figure.subplots(len(sites), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     prompt = shortened(page["prompt"], 60)
-    title = f"What each internal policy would say next ({checkpoint}), after {prompt}"
+    when = {"base": "before training", "phase1": "after phase 1", "final": "after training"}
+    title = f"What each internal policy would say after {prompt} ({when.get(checkpoint, checkpoint)})"
     figure.suptitle(title, size=9, parse_math=False)
     titles = {
         "resid_post": "policy of the stream, $H^l$",
