@@ -490,7 +490,9 @@ def draw_lens(page: dict, checkpoint: str, sites=SITES) -> Figure:
     axes = figure.subplots(len(sites), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     prompt = shortened(page["prompt"], 60)
     when = {"base": "before training", "phase1": "after phase 1", "final": "after training"}
-    title = f"What each internal policy would say after {prompt} ({when.get(checkpoint, checkpoint)})"
+    title = (
+        f"What each internal policy would say after {prompt} ({when.get(checkpoint, checkpoint)})"
+    )
     figure.suptitle(title, size=9, parse_math=False)
     titles = {
         "resid_post": "policy of the stream, $H^l$",

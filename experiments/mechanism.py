@@ -130,8 +130,9 @@ def worth(base: Path, sizes: dict, batches: int, problems: int) -> dict:
     """Predict the worth of each kind of step on a base model, and measure what a few steps do.
 
     `rises` are those of first_order.py. `after` has, by arm, how much the accuracy on held-out
-    problems has risen after each number of its steps in AFTER. `reward` is that of the first
-    rollouts in training: it tells whether this is the same base model.
+    problems has risen after each number of its steps in AFTER; nothing if there are no problems.
+    `reward` is that of the first rollouts in training: it tells whether this is the same base
+    model.
     """
     torch.set_num_threads(1)
     started = time.process_time()
@@ -146,10 +147,11 @@ def worth(base: Path, sizes: dict, batches: int, problems: int) -> dict:
         frozen = policy_step(Policy(l), s.lr, lambda model: [model.embed.weight])
         steps[f"layer {l}, embedding frozen"] = frozen
     found = rises(model, [toy.rollouts(fresh, model, i) for i in range(batches)], steps)
+    after = ("GRPO", *AFTER_ARMS) if problems else ()
     return {
         "reward": float(toy.rollouts(s, model, 1).rewards.mean()),
         "rises": {name: matrix.tolist() for name, matrix in found.items()},
-        "after": {arm: rise_after(arm, base, sizes, problems) for arm in ("GRPO", *AFTER_ARMS)},
+        "after": {arm: rise_after(arm, base, sizes, problems) for arm in after},
         "seconds": time.process_time() - started,
     }
 
@@ -378,13 +380,15 @@ def worth_runs() -> list[dict]:
 def measure_worth(out: Path, folder: Path, sizes: dict, plan: list, batches: int, problems: int):
     """Train the runs of a plan that are missing, and measure worth on each of its base models.
 
-    Base models are in `out`, and results in two files of the folder.
+    Base models are in `out`, and results in two files of the folder. What a few steps do is
+    measured on ordinary base models only.
     """
     study.run_missing(out, folder / WORTH_RUNS.name, sizes, plan, train)
     jobs = []
     for base, W in sorted({(base, study.ARMS[name].W) for name, base, _ in plan}):
         path = study.base_file(out, base, W)
-        jobs.append(({"base": base, "W": W}, worth, path, sizes, batches, problems))
+        key = {"base": base, "W": W}
+        jobs.append((key, worth, path, sizes, batches, 0 if W else problems))
     common.run_missing(folder / WORTH_RESULTS.name, jobs)
 
 
