@@ -12,9 +12,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "docs/*.md", "minibupo_hf/README.md", "experiments/README.md", "course/*.md"]
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """The fenced code blocks of a language; "" is output."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.M | re.S)
     return [text for name, text in fenced if name == language]
 
 
@@ -35,6 +35,37 @@ def test_the_snippet_is_algorithm_1(capsys):
     assert moved == [False] * 6 + [True] * 54  # seen before the update of each step
 
 
+def test_the_snippets_of_language_models_run(tmp_path, monkeypatch, capsys):
+    """Pasted with a tiny model: the worth of two layers, then BuPO and GRPO with one's own reward."""
+    for package in ("trl", "scipy"):
+        pytest.importorskip(package, reason="the extras `hf` and `bench` are not installed")
+    from tests import test_hf
+
+    model = test_hf.save(tmp_path / "model", test_hf.build(**test_hf.TIED))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "minibupo_hf/README.md").read_text(encoding="utf-8")
+    changes = {'"Qwen/Qwen3-0.6B"': repr(str(model)), '"cuda"': '"cpu"', ", 64,": ", 4,"}
+    changes |= {"14": "1", "27": "2", "max_steps=20": "max_steps=2"}
+
+    def run(code, **names):
+        for old, new in changes.items():
+            code = code.replace(old, new)
+        exec(code, names)
+
+    worth, training = blocks("python", page)
+    questions = ["2+3=", "1+4*2=", "7-1=", "0*3="]
+    run(
+        worth,
+        lists_of_questions=[questions] * 3,
+        reward=lambda question, text: float(len(text) % 2),
+    )
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("layer 1: a step is worth") and second.startswith("layer 2:")
+    run(training)
+    printed = capsys.readouterr().out
+    assert "\nbupo [" in printed and "\ngrpo [" in printed
+
+
 def test_the_output_is_that_of_seed_0():
     """Each line that is shown stands in the output of the main job, in this order."""
     printed = (ROOT / "experiments/results/seed0-output.txt").read_text(encoding="utf-8")
@@ -49,9 +80,11 @@ def test_the_output_is_that_of_seed_0():
 def test_links_lead_somewhere(pattern):
     for page in ROOT.glob(pattern):
         text = page.read_text(encoding="utf-8")
-        for link in re.findall(r"\]\((?!https?:|mailto:)([^)#]*)", text):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
-        for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-            heads = re.findall(r"^#+ (.*)$", text, flags=re.M)
-            names = {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
-            assert anchor in names, f"{page.name}: #{anchor}"
+        for link in re.findall(r"\]\((?!https?:|mailto:)([^)]*)\)", text):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor and target.suffix == ".md":
+                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M)
+                names = {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
+                assert anchor in names, f"{page.name}: {link}"
