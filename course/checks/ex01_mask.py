@@ -60,8 +60,8 @@ CONFUSIONS = (
     Confusion(
         "T columns",
         lambda p, end, T: span(p - 1, end - 1, T),
-        "The marks are correct, the width is not. The last position predicts nothing, so there are "
-        "T - 1 columns.",
+        "The marks are correct, but the width is not. The last position predicts nothing, so there "
+        "are T - 1 columns.",
     ),
     Confusion(
         "no eos",

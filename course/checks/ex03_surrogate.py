@@ -185,7 +185,7 @@ CONFUSIONS = (
     Confusion(
         "sign",
         loss(sign=1),
-        "The sign: this is the objective. Minimising it would make bad responses more likely.",
+        "The sign is inverted: minimising this would make bad responses more likely.",
     ),
     Confusion(
         "ratio upside down",

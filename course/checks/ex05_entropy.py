@@ -87,7 +87,7 @@ CONFUSIONS = (
     Confusion(
         "sign",
         by_policies(lambda pi: -nats(pi)),
-        "The sign: log pi is negative, but entropy is not.",
+        "The sign is inverted: log pi is negative, but entropy is not.",
     ),
     Confusion(
         "mean over tokens",
@@ -238,7 +238,9 @@ CHANGE_CONFUSIONS = (
         scaled,
         "You scaled F^l to the norm of what the FFN reads. F^l is unembedded at the norm it has.",
     ),
-    Confusion("before minus after", change(sign=-1), "The sign: dH is after minus before."),
+    Confusion(
+        "before minus after", change(sign=-1), "The sign is inverted: dH is after minus before."
+    ),
     Confusion(
         "no difference",
         lambda model, tokens: torch.stack(

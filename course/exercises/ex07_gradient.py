@@ -1,10 +1,10 @@
 """Exercise 7 (20 minutes): which weights get a gradient? Predict, then check.
 
 A model of four layers makes one backward pass of a policy's loss on a batch. Replace each ? by 1 if
-these weights have a gradient other than 0, and by 0 otherwise. Do not run it; the check does that.
+these weights have a gradient other than 0, and by 0 otherwise. The check runs it for you.
 
     embedding   the table that turns tokens into vectors
-    absent      the row of that table that belongs to a token which is not in the batch
+    absent      the row of that table for a token that is not in the batch
     attn l      attention of layer l and the norm before it; ffn l: the FFN and the norm before it
     E_u         the unembedding matrix
 

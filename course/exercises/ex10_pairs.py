@@ -1,13 +1,15 @@
-"""Exercise 10 (an afternoon): a question of your own, answered by pairs. It is open:
-for example a KL term to the base · a phase 1 over two layers · distilling pi_theta into a lower
-layer (On-Policy Internal Self-Distillation, arXiv 2605.29089) · another reward or task.
+"""Exercise 10 (an afternoon): a question of your own, answered by pairs of runs. Examples:
+a KL term to the base model; a phase 1 over two layers; distilling pi_theta into a lower layer
+(On-Policy Internal Self-Distillation, arXiv 2605.29089); another reward or task.
 
 1. Copy course/report_template.md to report.md in this folder. Write question and prediction now.
 2. variant(model, optimizer, rollouts, step): one step of your algorithm, as `control` below is one
    step of GRPO. rollouts are new Rollouts of pi_theta; steps count from 1.
 3. interval(differences): the mean of a few paired differences, and half the width of its 95%
    interval, T95[number of pairs] standard errors of the mean: (mean, half).
-4. Run the pairs with python course/exercises/ex10_pairs.py, and finish the report.
+4. Run the pairs with python course/exercises/ex10_pairs.py, and finish the report. If your variant
+   takes the place of some steps of GRPO, run it again and do nothing in these steps. What is a step
+   of it worth (lecture 8)?
 """
 
 import sys

@@ -106,15 +106,17 @@ def test_without_its_answers_no_question_is_answered(committed):
     )
 
 
-def test_code_before_the_figure_of_the_study_is_not_in_the_slides(committed):
-    """The slides show the question, the intervals and the figure, not five slides of code."""
+def test_code_that_only_reads_or_draws_the_study_is_not_in_the_slides(committed):
+    """The slides show what is worked out by hand, and the figures."""
     sources = [cell.source for cell in committed.cells]
     first = next(i for i, source in enumerate(sources) if source.startswith("folder = "))
-    last = sources.index("plot_study(shown)")
-    kinds = [cell.metadata["slideshow"]["slide_type"] for cell in committed.cells[first:last]]
-    assert kinds.count("skip") == len(kinds) - 1
-    [shown] = [source for source, kind in zip(sources[first:last], kinds) if kind != "skip"]
-    assert "interval_by_hand" in shown
+    last = sources.index("plot_worth(ROWS)")
+    cells = code_cells(nbformat.from_dict({"cells": committed.cells[first : last + 1]}))
+    shown = [c for c in cells if c.metadata["slideshow"]["slide_type"] != "skip"]
+    starts = ("interval_by_hand", "idle_by_hand", "plot_idle", "worth_by_hand", "plot_worth")
+    assert len(shown) == len(starts) < len(cells)
+    for cell, start in zip(shown, starts):
+        assert cell.source.removeprefix("def ").startswith(start)
 
 
 def first_cell(committed, address, folder):
@@ -183,17 +185,27 @@ def test_training_shows_what_the_text_says(committed, fresh):
         assert correct["phase 1 forever"] < min(correct["GRPO"], correct["BuPO, 5 steps"]) - 10
 
 
-def test_the_verdict_says_what_was_computed(committed):
-    """The numbers in the text are those of the cell above it."""
-    [cell] = [c for c in code_cells(committed) if c.source.startswith('says("BuPO - GRPO, at')]
-    [verdict] = [c.source for c in committed.cells if c.source.startswith("**On our toy")]
-    rows = {line[:38].strip(): line[38:] for line in printed(cell).splitlines()}
-    for name, sign in (
-        ("BuPO - GRPO, over the run", -1),  # "7.0 points lower"
-        ("BuPO - GRPO, at the end", 1),
-        ("GRPO with the layers above frozen", -1),  # "costs 1.5"
-        ("GRPO with the reset", 1),
+def test_the_text_says_what_was_computed(committed):
+    """The numbers in the verdict, and in the question about worth, are those of the cells."""
+
+    def one(cells, start):
+        [cell] = [cell for cell in cells if cell.source.startswith(start)]
+        return cell
+
+    lines = printed(one(code_cells(committed), 'print("worth of a step")')).splitlines()
+    rows = {line[:44].strip(): line[44:].split("),")[0].strip() + ")" for line in lines[1:-1]}
+    verdict = one(committed.cells, "**On our toy").source
+    for name in (
+        "BuPO at the rule's layer, 5 steps",
+        "GRPO, frozen above the rule's layer",
+        "BuPO at layer 5, base models with W = 1",
+        "Qwen2.5-Coder-0.5B at layer 23",
     ):
-        mean, half = numbers(rows[name].replace("+-", " "))[:2]
-        text = f"{sign * mean:+.1f} ± {half}" if sign > 0 else f" {sign * mean:.1f} ± {half}"
-        assert text in verdict, name
+        assert rows[name] in verdict, name
+    mean, half = numbers(lines[-1])
+    assert f"{mean} ± {half} points" in verdict
+
+    costs = printed(one(code_cells(committed), "def idle_by_hand")).replace("+-", " ")
+    idle, _, bupo, _ = numbers(costs)
+    question = one(committed.cells, "### The worth of a step").source
+    assert f"Phase 1 costs {-bupo} points and idling costs {-idle}." in question
