@@ -100,7 +100,29 @@ def report(lines: list[dict]) -> str:
         "in nats."
     )
     head = ["arm - control", "bases", *columns, "entropy"]
-    return f"{note}\n\n{common.markdown_table(head, rows)}"
+    arms = {arm: ("GRPO", study.ARMS[arm].s_inter) for arm in CONTRASTS}
+    return (
+        f"{note}\n\n{common.markdown_table(head, rows)}\n\n"
+        "## What a step of phase 1 is worth\n\n"
+        f"{common.WORTH_NOTE} Here idle runs were trained, too: their worth is 0 if the delayed "
+        f"curve is right.\n\n{common.worth_table(lines, arms, 'base')}\n\n{together(lines)}"
+    )
+
+
+def together(lines: list[dict]) -> str:
+    """Return the worth at the rule's layer over the base models of this experiment and the study.
+
+    The two have the same settings of RL; the recipe of pretraining has changed in between.
+    """
+    both = [
+        common.costs(runs, "BuPO, rule", "GRPO", 5, "base")
+        for runs in (common.read_lines(study.RESULTS), lines)
+    ]
+    costs, idle = ([x for one in both for x in one[f"{a} - control"]] for a in ("arm", "idle"))
+    value = common.with_limits(*common.worth(costs, idle))
+    return (
+        f"BuPO at the rule's layer, together with experiments.study: {value}, {len(costs)} bases."
+    )
 
 
 def main(argv=None):
