@@ -936,7 +936,7 @@ class Parser(argparse.ArgumentParser):
         return super()._parse_optional(arg_string) if re.match("-h$|--[a-z]", arg_string) else None
 
     def error(self, message):
-        if "unrecognized" in message or "expected" in message:
+        if "unrecognized arguments: -" in message or "expected" in message:
             message += '; a value that begins like an option is written --text="--value"'
         super().error(message)
 
@@ -1055,6 +1055,7 @@ def is_language_model(source: str) -> bool:
 
     Raise ValueError for neither. A name on the hub is one whose first part is no local folder.
     """
+    refuse_empty(source, "name of the run")
     path = Path(source)
     if path.is_dir():
         if list(path.glob("*.safetensors")) or list(path.glob("*.bin")):

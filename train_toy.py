@@ -722,17 +722,17 @@ def check_settings(s: Settings):
         if value == math.inf:
             raise ValueError(f"{f.name} must be finite, not {value}")
     if s.s_inter > s.steps:
-        raise ValueError(f"s_inter = {s.s_inter} is more than steps = {s.steps}")
+        raise ValueError(f"s_inter = {s.s_inter} steps of phase 1 are more than steps = {s.steps}")
     if s.algo == "grpo" and s.s_inter > 0:
         raise ValueError(f"s_inter = {s.s_inter} is for phase 1, which algo grpo does not have")
     if s.s_inter == 0 and (s.layer is not None or s.site != "resid_post"):
-        raise ValueError("layer and site are for phase 1, which algo grpo and s_inter 0 lack")
+        raise ValueError("layer and site are for phase 1, but algo grpo or s_inter 0 means none")
     if s.layer is None and s.site == "attn_out":
         raise ValueError("site attn_out needs a layer: the paper's rule looks only at FFNs")
     if s.layer is not None and s.layer >= s.n_layer:
         raise ValueError(f"layer must be in 1..{s.n_layer - 1}, below the top, not {s.layer}")
     if s.d_model % 4:
-        raise ValueError(f"d_model must be a multiple of 4: 2 heads of even width; not {s.d_model}")
+        raise ValueError(f"d_model must be a multiple of 4, so that 2 heads fit, not {s.d_model}")
     single_results()  # raises for OPERATORS that the task cannot use
     needed = longest_prompt(s.n + 1) + s.response_limit
     if needed > CONTEXT:
@@ -780,17 +780,19 @@ def settled_by_files(given: dict, resume: bool) -> dict:
 
     Raise ValueError for an option that contradicts them."""
     settled = {}
+    file = given.get("base")
     if resume:
         if "out_dir" not in given:
             raise ValueError("--resume needs --out_dir, the directory of the run to continue")
-        settled = asdict(read_settings(Path(given["out_dir"])))
+        file = Path(given["out_dir"], "config.json")
+        settled = asdict(read_settings(file.parent))
         settled |= {name: given[name] for name in FREE if name in given}
     elif "base" in given:
         cfg = load_model(given["base"]).cfg
         settled = {"n_layer": cfg.n_layer, "d_model": cfg.d_model}
     for name, value in settled.items():
         if given.get(name, value) != value:
-            raise ValueError(f"--{name} {given[name]} does not match the stored value, {value}")
+            raise ValueError(f"--{name} {given[name]} does not fit {file}, which has {value}")
     return settled
 
 
@@ -806,6 +808,8 @@ def layer_number(text: str) -> int | None:
 
 def file_name(text: str) -> str:
     """Return a path of the command line, absolute if a printed command would make it an option."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
     return os.path.abspath(text) if text.startswith("-") else text
 
 
@@ -832,7 +836,9 @@ def pick_device(name: str) -> torch.device:
     """Return a device; auto is cuda, else cpu. Raise ValueError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
+    if name not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda or mps, not {name}")
+    if not getattr(torch, name).is_available():
         raise ValueError(f"device {name} is not available here; --device cpu is")
     return torch.device(name)
 
@@ -846,8 +852,15 @@ def reading(path):
     try:
         yield
     except Exception as error:  # torch.load and load_state_dict have one for each kind of damage
-        reason = error if isinstance(error, ValueError | OSError) else repr(error)
-        raise ValueError(f"{path} is missing, damaged or does not fit: {reason}"[:300]) from error
+        message = f"{path} is missing, damaged or does not fit: {in_words(error)}"
+        raise ValueError(message[:300]) from error
+
+
+def in_words(error: Exception) -> str:
+    """Return what an error says, without the file name that the operating system adds."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def load_checkpoint(path, device="cpu") -> tuple[GPT, dict]:
@@ -963,8 +976,7 @@ def write_atomically(path: Path, write):
         write(temporary)
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or error  # without the temporary name
-        raise OSError(f"{path} could not be written: {reason}") from error
+        raise OSError(f"{path} could not be written: {in_words(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)  # if all went well, it has been renamed
 
@@ -973,6 +985,8 @@ def new_directory(s: Settings) -> Path:
     """Make the run's directory: out_dir, if it is empty, or the first free out/ALGO-seedSEED-N."""
     if s.out_dir:
         out = Path(s.out_dir)
+        if out.is_file():
+            raise ValueError(f"{out} is a file: choose another --out_dir")
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume its run")

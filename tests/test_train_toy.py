@@ -628,6 +628,7 @@ def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
         ("--help", "0", "--layer"),
         ("--step 3", "2", "--step 3"),
         ("--layer low", "2", wrong),
+        ("--resume --out_dir=", "2", "argument --out_dir: must not be empty"),
     ):
         with pytest.raises(SystemExit, match=code):
             run(*argv.split())
@@ -670,7 +671,8 @@ def test_what_is_refused_changes_nothing(finished, base, tmp_path, capsys):
     for argv, says in (
         ([*TINY, "--base", tmp_path / "17.pt", "--out_dir", tmp_path / "x"], "OPERATORS"),
         ([*TINY, "--base", base, "--out_dir", finished], "not empty"),
-        (["--resume", "--out_dir", finished, "--seed", 3], "--seed 3"),
+        ([*TINY, "--base", base, "--out_dir", base], "is a file"),
+        (["--resume", "--out_dir", finished, "--seed", 3], "config.json, which has 0"),
         (["--resume", "--out_dir", finished, "--steps", 5], "step 12"),
         (other_size, "--d_model 48"),
     ):
