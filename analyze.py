@@ -72,7 +72,7 @@ styled = style.context(STYLE)  # a decorator: figures made inside the function h
 CHECKPOINTS = {"base": "base.pt", "phase1": "phase1.pt", "final": "ckpt.pt"}
 ALGORITHMS = {"bupo": "BuPO", "grpo": "GRPO"}
 AVERAGE = f"avg@{toy.SAMPLES}"
-EXAMPLE = "7+5*3-2="  # the prompt of `sample`, if none is given
+ACCURACY_FROM = 128  # the most problems of each size that `sample` measures accuracy on
 ANSWER_TOKENS = 48  # the most tokens that a language model may answer with
 PAPER_LR = 1e-6  # the learning rate of `step` for a language model
 
@@ -119,6 +119,11 @@ class Run:
         """Return tokens and mask of the model's own solutions of held-out problems."""
         return toy.own_solutions(model, self.settings)
 
+    def own_prompt(self) -> str:
+        """Return the first of these problems as a prompt."""
+        s = self.settings
+        return toy.evaluation_problems(toy.rng_for(s.seed, "text"), s.n, 1)[0] + "="
+
     def target_policy(self) -> Policy:
         """Return the policy of phase 1; for a GRPO run, the one that its log follows."""
         path = self.file_of("final")
@@ -161,7 +166,7 @@ class PretrainedModel:
         """Return the model."""
         return self.model
 
-    def own_text(self, model):
+    def own_text(self, model=None):
         """Raise ValueError: there are no held-out problems to solve."""
         raise ValueError("a language model needs a prompt")
 
@@ -169,6 +174,7 @@ class PretrainedModel:
         """Raise ValueError: no phase 1 has chosen a layer."""
         raise ValueError("a language model needs a layer to sample from or to train")
 
+    own_prompt = own_text
     first_mixed_question = own_text
 
 
@@ -203,7 +209,7 @@ def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
     T = max(1, tokens.shape[1])  # a text without tokens has no positions
     mask = response_mask(torch.tensor([prompt_len]), torch.tensor([T]), T).to(model.device)
     if not mask.any():
-        raise ValueError("there is no response to look at")
+        raise ValueError("there is no response to look at: without a prompt, it needs two tokens")
     return tokens, mask
 
 
@@ -217,10 +223,10 @@ def refuse_empty(text: str | None, name: str):
 
 
 def entropy(subject: Subject, prompt=None, text=None) -> dict:
-    """Write entropy.json, entropy_flow.png, entropy_change.png; return what look_inside measures.
+    """Write the entropy of each policy: entropy.json, entropy_flow.png, entropy_change.png.
 
-    For each measure the file has the mean over positions, its standard error (_sem) and the median
-    (_median), because a few positions can dominate a mean.
+    Return what look_inside measures. For each measure the file has the mean over positions, its
+    standard error (_sem) and the median (_median), because a few positions can dominate a mean.
     """
     model = subject.load()
     tokens, mask = tokens_to_look_at(subject, model, prompt, text)
@@ -254,7 +260,7 @@ def entropy(subject: Subject, prompt=None, text=None) -> dict:
 
 
 def writes(subject: Subject, prompt=None, text=None) -> dict:
-    """Do what `entropy` does; write writes.png: the cosine of each write with its stream."""
+    """Do what `entropy` does, and write writes.png: the cosine of each write with its stream."""
     found = entropy(subject, prompt, text)
     titles = {"cos_attn": "what attention writes", "cos_mlp": "what the FFN writes"}
     ylabel = "cosine with the stream\nbelow 0: suppresses\nabove 0: amplifies"
@@ -551,6 +557,8 @@ def live(run: Run, other=None):
     `other` is given. Weights are rounded to float16. Raise ValueError if the models have different
     sizes.
     """
+    if not hasattr(toy, "OPERATORS"):
+        raise ValueError("the page of live is for a task with OPERATORS on digits")
     target = run.target_policy().layer
     other = None if other is None else Run(other, "final", "cpu")
     models = live_models(run, other)
@@ -617,8 +625,8 @@ def operation_table() -> dict:
 def rule_data(run: Run, base) -> dict:
     """Return what the rule of phase 1 sees: dH_FFN of the base by layer, with standard errors.
 
-    It is measured on the problems that the run used and, as "more", on 512 problems, which shows
-    whether the rule would name the same layer again.
+    It is measured on the problems that the run used and, as "more", on up to 512 problems, which
+    shows whether the rule would name the same layer again.
     """
 
     def measured(tokens, mask) -> dict:
@@ -631,7 +639,7 @@ def rule_data(run: Run, base) -> dict:
             "sem": (dH_mlp.std(1) / M**0.5).tolist(),  # as in entropy.json
         }
 
-    more = toy.own_solutions(base, run.settings, count=512)
+    more = toy.own_solutions(base, run.settings, count=min(512, toy.supply(run.settings.n)))
     return measured(*run.own_text(base)) | {"more": measured(*more)}
 
 
@@ -680,7 +688,7 @@ def rounding_note(run: Run, models: dict, rounded: dict) -> str:
 
 def sample(subject: Subject, prompt=None, layer=None):
     """Print responses of an internal policy and of pi_theta; for a run, their accuracy as well."""
-    prompt = EXAMPLE if prompt is None else prompt
+    prompt = subject.own_prompt() if prompt is None else prompt
     refuse_empty(prompt, "prompt")
     model = subject.load()
     layer = subject.target_policy().layer if layer is None else layer
@@ -702,10 +710,12 @@ def sample(subject: Subject, prompt=None, layer=None):
 
 
 def print_accuracy(run: Run, policy):
-    """Print a policy's accuracy on 128 held-out problems of each number of digits."""
-    results, _ = toy.evaluate(policy, run.settings, run.settings.tiers, 128)
+    """Print a policy's accuracy on held-out problems of each number of digits."""
+    count = min(ACCURACY_FROM, run.settings.eval_problems)  # a task may not have more
+    results, _ = toy.evaluate(policy, run.settings, run.settings.tiers, count)
     shares = [f"n = {n}: {100 * result[AVERAGE]:.1f}%" for n, result in results.items()]
-    print(f"  {AVERAGE} on 128 held-out problems of each number of digits:   " + "   ".join(shares))
+    of = f"{AVERAGE} on {count} held-out problems of each number of digits"
+    print(f"  {of}:   " + "   ".join(shares))
 
 
 # ---- step --------------------------------------------------------------------------------------
@@ -736,10 +746,11 @@ class StepResult(NamedTuple):
 
 
 def step(subject: Subject, prompt=None, responses=None, rewards=None, layer=None):
-    """Write and print step.txt; return the StepResults of phase 1 and of phase 2.
+    """Print one update of phase 1 and one of phase 2, token by token, and write it to step.txt.
 
-    Both are one update on one question, from the same weights. The question is `prompt` with
-    `responses` and their `rewards`, or a run's own first question of mixed outcomes.
+    Return both StepResults. Both are one update on one question, from the same weights. The
+    question is `prompt` with `responses` and their `rewards`, or a run's own first question of
+    mixed outcomes.
     """
     model = subject.load()
     target = subject.target_policy() if layer is None else Policy(layer)
@@ -762,8 +773,8 @@ def question_for_step(subject: Subject, model, prompt, responses, rewards) -> Ro
     if prompt is None or len(responses) < 2 or len(responses) != len(rewards):
         given = f"{len(responses)} responses and {len(rewards)} rewards"
         raise ValueError(
-            "step takes a prompt, two or more --responses and as many --rewards, or none of them, "
-            f"not {'a' if prompt else 'no'} prompt, {given}"
+            "step takes a prompt with two or more --responses and as many --rewards, or none of "
+            f"the three; this is {'a' if prompt else 'no'} prompt, {given}"
         )
     refuse_empty(prompt, "prompt")
     for response in responses:
@@ -879,9 +890,9 @@ def token_columns(result: StepResult, i: int, t: int) -> str:
 
 
 def everything(run: Run):
-    """Make all figures of a run: of its base in `folder`, of the trained model in folder/final.
+    """Make all figures of a run; the folder `final` in their folder is for the trained model.
 
-    The lens shows the trained model, the table of `step` the base.
+    The lens shows the trained model; all other figures show the base or the whole run.
     """
     device = run.device.type
     writes(run)
@@ -928,7 +939,7 @@ class Parser(argparse.ArgumentParser):
         return super()._parse_optional(arg_string) if re.match("-h$|--[a-z]", arg_string) else None
 
     def error(self, message):
-        if "unrecognized" in message or "expected" in message:
+        if "unrecognized arguments: -" in message or "expected" in message:
             message += '; a value that begins like an option is written --text="--value"'
         super().error(message)
 
@@ -937,7 +948,8 @@ def make_parser() -> tuple[Parser, dict]:
     """Return the parser of the command line, and the parser of each command's own options."""
     parser = Parser("analyze.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    more = "python analyze.py COMMAND -h shows its options"
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help=more)
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").split("\n\n")[0]  # python -OO drops docstrings
         add = commands.add_parser(name, description=summary, allow_abbrev=False).add_argument
@@ -949,7 +961,12 @@ def make_parser() -> tuple[Parser, dict]:
                 )
         else:
             add("source", metavar="RUN", help="directory of a run, or a language model")
-            add("prompt", nargs="?", metavar="PROMPT", help=f"such as {EXAMPLE}")
+            add(
+                "prompt",
+                nargs="?",
+                metavar="PROMPT",
+                help="such as 7+5*3-2= (default: problems of the run)",
+            )
             add("--prompt", dest="prompt_option", metavar="PROMPT", help="the same as an option")
             default = "final" if name in OF_THE_FINAL_MODEL else "base"
             add("--checkpoint", choices=CHECKPOINTS, help=f"model of a run (default: {default})")
@@ -961,7 +978,7 @@ def make_parser() -> tuple[Parser, dict]:
             add("--layer", type=layer_number, help="1..L (default: the layer of phase 1)")
         if name == "step":
             several = dict(nargs="+", action="extend")
-            add("--responses", **several, metavar="TEXT", help="a group of responses")
+            add("--responses", **several, metavar="TEXT", help="two or more responses to PROMPT")
             add("--rewards", **several, metavar="NUMBER", type=reward, help="one for each response")
         if name != "sample":
             add("--out", type=Path, metavar="DIR", help="where to write (default: RUN/figures)")
@@ -1015,7 +1032,7 @@ def open_subject(
 
     if not is_language_model(source):
         if dtype:
-            raise ValueError("--dtype is of a language model, not of a run")
+            raise ValueError("--dtype is for a language model, not for a run")
         folder = out or Path(source) / "figures" / (checkpoint or "")
         default = "final" if command in OF_THE_FINAL_MODEL else "base"
         return Run(source, checkpoint or default, device, folder)
@@ -1023,7 +1040,7 @@ def open_subject(
     try:
         if command in OF_A_RUN or checkpoint:
             raise ValueError(
-                "all, dynamics, live and --checkpoint are of a run, not of a language model"
+                "all, dynamics, live and --checkpoint are for a run, not for a language model"
             )
         if options["prompt"] is None or options.get("layer", 1) is None:
             raise ValueError("a language model needs a prompt, and --layer to sample or step")
@@ -1041,6 +1058,7 @@ def is_language_model(source: str) -> bool:
 
     Raise ValueError for neither. A name on the hub is one whose first part is no local folder.
     """
+    refuse_empty(source, "name of the run")
     path = Path(source)
     if path.is_dir():
         if list(path.glob("*.safetensors")) or list(path.glob("*.bin")):

@@ -284,8 +284,8 @@ class LanguageModel(nn.Module):
         """Return the layer as an int. Raises ValueError unless it is an integer in lowest..L."""
         number = operator.index(layer) if hasattr(layer, "__index__") else -1
         if not lowest <= number <= self.n_layer:
-            allowed = f"{lowest}..{self.n_layer}"
-            raise ValueError(f"layer must be in {allowed}, not {layer} (0: embedding)")
+            allowed = f"{lowest}..{self.n_layer}" + (" (0: embedding)" if lowest == 0 else "")
+            raise ValueError(f"layer must be in {allowed}, not {layer}")
         return number
 
     def _check_tokens(self, tokens):

@@ -35,6 +35,7 @@ import operator
 import os
 import random
 import shlex
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -71,7 +72,7 @@ from model import GPT, GPTConfig
 
 DIGITS = "0123456789"
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-CHARACTERS = DIGITS + "".join(OPERATORS) + "="
+CHARACTERS = DIGITS + "".join(map(str, OPERATORS)) + "="
 
 
 def operate(a: str, op: str, b: str) -> str:
@@ -90,8 +91,9 @@ def single_results() -> list[str]:
 
     Raise ValueError for OPERATORS that the task cannot use."""
     for op in OPERATORS:
-        if len(op) != 1 or op in DIGITS + "=":
-            raise ValueError(f"OPERATORS must be single characters, not digits or =, not {op!r}")
+        if not isinstance(op, str) or len(op) != 1 or op in DIGITS + "=":
+            allowed = "single characters other than digits and ="
+            raise ValueError(f"OPERATORS must be {allowed}, not {op!r}")
     if not OPERATORS:
         raise ValueError("OPERATORS must have at least one operator")
     return [
@@ -183,12 +185,18 @@ def check_supply(n: int, count: int):
     """Raise ValueError unless there are `count` held-out problems of n digits; 1000 are enough."""
     if n < 3 or count > 1000:
         raise ValueError(f"problems must be at most 1000, of 3 digits or more, not {count} of {n}")
-    if 10**n * len(OPERATORS) ** (n - 1) <= 16_000:  # with more, 1 in 8 is always enough
-        every = itertools.product(DIGITS, *[OPERATORS, DIGITS] * (n - 1))
-        supply = sum(held_out("".join(parts)) for parts in every)
-        if count > supply:
-            wanted = f"not {count}: choose a larger n"
-            raise ValueError(f"OPERATORS give only {supply} held-out problems of n = {n}, {wanted}")
+    found = supply(n)
+    if count > found:
+        wanted = f"not {count}: choose a larger n"
+        raise ValueError(f"OPERATORS give only {found} held-out problems of n = {n}, {wanted}")
+
+
+def supply(n: int) -> int:
+    """Return the number of held-out problems of n digits, or 1000 if there are more."""
+    if 10**n * len(OPERATORS) ** (n - 1) > 16_000:  # 1 in 8 of these are more
+        return 1000
+    every = itertools.product(DIGITS, *[OPERATORS, DIGITS] * (n - 1))
+    return min(1000, sum(held_out("".join(parts)) for parts in every))
 
 
 # ---- tokens: one per character -----------------------------------------------------------------
@@ -250,9 +258,15 @@ def option(default, help, low=None, high=math.inf, choices=None):
 class Settings:
     """Every option of a run. Raises ValueError for invalid values."""
 
-    algo: str = option("bupo", "what to train with", choices=("bupo", "grpo"))
-    layer: int | None = option(None, "layer of phase 1, 1..L-1, or auto: the paper's rule", 1)
-    site: str = option("resid_post", "which policy of that layer", choices=minibupo.SITES)
+    algo: str = option(
+        "bupo", "what to train with; grpo is bupo without phase 1", choices=("bupo", "grpo")
+    )
+    layer: int | None = option(
+        None, "layer of phase 1, below the top, or auto: the paper's rule", 1
+    )
+    site: str = option(
+        "resid_post", "its stream's policy, its attention's or its FFN's", choices=minibupo.SITES
+    )
     s_inter: int = option(5, "steps of phase 1", 0)
     steps: int = option(60, "steps of RL in both phases together", 0)
     seed: int = option(0, "seed of all random numbers", 0, 2**32 - 1)
@@ -260,7 +274,7 @@ class Settings:
     out_dir: str | None = option(None, "directory of the run (default: a new one under out/)")
     preset: str = option("default", "smoke: a run of seconds", choices=("default", "smoke"))
     device: str = option("auto", "cpu, cuda, mps or auto: cuda if it is available, else cpu")
-    threads: int = option(2, "CPU threads; a small model gains nothing from many", 1)
+    threads: int = option(2, "CPU threads; a small model gains nothing from many", 1, 1024)
 
     n: int = option(5, "digits of the longest training problems", 3, 12)
     n_layer: int = option(6, "layers", 2)
@@ -287,13 +301,15 @@ class Settings:
 
     def model_config(self) -> GPTConfig:
         """The sizes of the model. With rotary positions a longer context costs only a table."""
-        return GPTConfig(VOCAB_SIZE, 256, self.n_layer, self.d_model, n_head=2)
+        return GPTConfig(VOCAB_SIZE, CONTEXT, self.n_layer, self.d_model, n_head=2)
 
 
 SMOKE = dict(n=3, n_layer=4, d_model=32, questions=32, steps=20, s_inter=3, eval_problems=64)
+CONTEXT = 256  # the most tokens that a model can read: a prompt and its response
 KNOWN = 0.97  # pretraining stops at this accuracy on single operations
 KNOWN_FROM = 128  # problems that this accuracy is measured on
 SAMPLES = 8  # responses to each problem of an evaluation
+FREE = ("out_dir", "steps", "device")  # settings that may change when a run is resumed
 
 
 # ---- the base model ----------------------------------------------------------------------------
@@ -498,7 +514,7 @@ def run(s: Settings, resume: bool):
     if job is None:
         job = new_job(s, out, device)  # a base model is trained and measured, a layer is chosen
     train(job)
-    look = shlex.join(["python", "analyze.py", "all", str(out)])
+    look = command_line("analyze.py", "all", str(out))
     print(f"everything is in {out}; to see the internal policies: {look}")
 
 
@@ -506,7 +522,7 @@ def new_job(s: Settings, out: Path, device) -> Job:
     """Return a job with a base model that was measured, evaluated and found fit for RL."""
     records = []
     model = base_model(s, device, records)
-    save_checkpoint(out / "base.pt", model)
+    save_checkpoint(out / "base.pt", model, settings=lasting_settings(s))
 
     probe = own_solutions(model, s)
     inside = means_inside(model, *probe)
@@ -700,37 +716,52 @@ def check_settings(s: Settings):
         if low is None or value is None:
             continue
         if not low <= value <= high:
-            allowed = f"at least {low}" if high == math.inf else f"in {low}..{high}"
-            raise ValueError(f"{f.name} must be {allowed}, not {value}")
+            raise ValueError(f"{f.name} must be {allowed_range(f)}, not {value}")
         if value == math.inf:
             raise ValueError(f"{f.name} must be finite, not {value}")
     if s.s_inter > s.steps:
-        raise ValueError(f"s_inter = {s.s_inter} is more than steps = {s.steps}")
+        raise ValueError(f"s_inter = {s.s_inter} steps of phase 1 are more than steps = {s.steps}")
     if s.algo == "grpo" and s.s_inter > 0:
         raise ValueError(f"s_inter = {s.s_inter} is for phase 1, which algo grpo does not have")
     if s.s_inter == 0 and (s.layer is not None or s.site != "resid_post"):
-        raise ValueError("layer and site are for phase 1, which algo grpo and s_inter 0 lack")
+        raise ValueError("layer and site are for phase 1, but algo grpo or s_inter 0 means none")
     if s.layer is None and s.site == "attn_out":
         raise ValueError("site attn_out needs a layer: the paper's rule looks only at FFNs")
     if s.layer is not None and s.layer >= s.n_layer:
         raise ValueError(f"layer must be in 1..{s.n_layer - 1}, below the top, not {s.layer}")
     if s.d_model % 4:
-        raise ValueError(f"d_model must be a multiple of 4: 2 heads of even width; not {s.d_model}")
+        raise ValueError(f"d_model must be a multiple of 4, so that 2 heads fit, not {s.d_model}")
     single_results()  # raises for OPERATORS that the task cannot use
+    needed = longest_prompt(s.n + 1) + s.response_limit
+    if needed > CONTEXT:
+        what = f"a prompt and its response of size n + 1 = {s.n + 1}"
+        raise ValueError(f"{what} take {needed} tokens, more than CONTEXT = {CONTEXT}")
     for n in s.tiers:
         check_supply(n, max(s.eval_problems, KNOWN_FROM) if n == s.n else s.eval_problems)
+
+
+def allowed_range(f) -> str:
+    """Return the range of a field of Settings in words."""
+    low = f.metadata["low"]
+    high = f.metadata["high"]
+    return f"at least {low}" if high == math.inf else f"in {low}..{high}"
 
 
 def parse_options(argv) -> tuple[Settings, bool]:
     """Return the settings of a command line, and whether to resume.
 
     What a file has settled comes first, then the options, then the preset, then the defaults."""
-    parser = argparse.ArgumentParser("train_toy.py", allow_abbrev=False)
+    summary = (__doc__ or "").split("\n\n")[0]  # python -OO drops docstrings
+    parser = argparse.ArgumentParser("train_toy.py", description=summary, allow_abbrev=False)
     types = get_type_hints(Settings)
     for f in fields(Settings):
-        default = "" if f.default is None else f" (default: {f.default})"
-        options = dict(choices=f.metadata["choices"], help=f.metadata["help"] + default)
-        convert = {int | None: layer_number, str | None: str}.get(types[f.name], types[f.name])
+        more = [] if f.metadata["low"] is None else [allowed_range(f)]
+        more += [] if f.default is None else [f"default: {f.default}"]
+        text = f.metadata["help"] + (f" ({'; '.join(more)})" if more else "")
+        options = dict(choices=f.metadata["choices"], help=text)
+        convert = {int | None: layer_number, str | None: file_name}.get(
+            types[f.name], types[f.name]
+        )
         parser.add_argument(f"--{f.name}", type=convert, default=argparse.SUPPRESS, **options)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out_dir")
     given = vars(parser.parse_args(argv))
@@ -747,18 +778,19 @@ def settled_by_files(given: dict, resume: bool) -> dict:
 
     Raise ValueError for an option that contradicts them."""
     settled = {}
+    file = given.get("base")
     if resume:
         if "out_dir" not in given:
             raise ValueError("--resume needs --out_dir, the directory of the run to continue")
-        settled = asdict(read_settings(Path(given["out_dir"])))
-        free = ("out_dir", "steps", "device")
-        settled |= {name: given[name] for name in free if name in given}
+        file = Path(given["out_dir"], "config.json")
+        settled = asdict(read_settings(file.parent))
+        settled |= {name: given[name] for name in FREE if name in given}
     elif "base" in given:
         cfg = load_model(given["base"]).cfg
         settled = {"n_layer": cfg.n_layer, "d_model": cfg.d_model}
     for name, value in settled.items():
         if given.get(name, value) != value:
-            raise ValueError(f"--{name} {given[name]} does not match the stored value, {value}")
+            raise ValueError(f"--{name} {given[name]} does not fit {file}, which has {value}")
     return settled
 
 
@@ -772,22 +804,39 @@ def layer_number(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"must be a number or auto, not {text!r}") from None
 
 
+def file_name(text: str) -> str:
+    """Return a path of the command line, absolute if a printed command would make it an option."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return os.path.abspath(text) if text.startswith("-") else text
+
+
 def command(s: Settings, **changes) -> str:
     """Return the command line of a run with these settings and changes, ready to be pasted."""
     settings = {f.name: f.default for f in fields(Settings)}
     defaults = settings | SMOKE if s.preset == "smoke" else settings
-    words = ["python", "train_toy.py"]
+    words = []
     for name, value in (asdict(s) | changes).items():
         if value != defaults[name]:
             words += [f"--{name}", str(value)]
-    return shlex.join(words)
+    return command_line("train_toy.py", *words)
+
+
+def command_line(script: str, *words: str) -> str:
+    """Return a command that runs a script of this folder, to be pasted in the current directory."""
+    folder = Path(__file__).absolute().parent
+    path = script if folder == Path.cwd() else str(folder / script)
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return join(["python", path, *words])
 
 
 def pick_device(name: str) -> torch.device:
     """Return a device; auto is cuda, else cpu. Raise ValueError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
+    if name not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda or mps, not {name}")
+    if not getattr(torch, name).is_available():
         raise ValueError(f"device {name} is not available here; --device cpu is")
     return torch.device(name)
 
@@ -801,7 +850,15 @@ def reading(path):
     try:
         yield
     except Exception as error:  # torch.load and load_state_dict have one for each kind of damage
-        raise ValueError(f"{path} is missing, damaged or does not fit: {error!r}"[:300]) from error
+        message = f"{path} is missing, damaged or does not fit: {in_words(error)}"
+        raise ValueError(message[:300]) from error
+
+
+def in_words(error: Exception) -> str:
+    """Return what an error says, without the file name that the operating system adds."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def load_checkpoint(path, device="cpu") -> tuple[GPT, dict]:
@@ -825,9 +882,8 @@ def check_same_task(content: dict):
     if characters != CHARACTERS:
         raise ValueError(f"its characters are {characters}, those of OPERATORS are {CHARACTERS}")
     first = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-    table = [
-        f"{a}{o}{b}={first[o](int(a), int(b)) % 10}" for o in first for a in DIGITS for b in DIGITS
-    ]
+    digits = range(10)
+    table = [f"{a}{o}{b}={first[o](a, b) % 10}" for o in first for a in digits for b in digits]
     for then, now in zip(content.get("single_results", table), single_results(), strict=True):
         if then != now:
             raise ValueError(f"it was trained with {then}, but now OPERATORS give {now}")
@@ -860,18 +916,21 @@ def save_job(job: Job):
     """Write ckpt.pt, from which (with base.pt and config.json) a run resumes, and metrics.jsonl."""
     moments = job.optimizer.state_dict()["state"]
     more = dict(step=job.step, target=list(job.target), optimizer=moments, records=job.records)
-    save_checkpoint(job.out / "ckpt.pt", job.model, **more)
+    save_checkpoint(job.out / "ckpt.pt", job.model, settings=lasting_settings(job.settings), **more)
     lines = [json.dumps(record) + "\n" for record in job.records]
     write_text(job.out / "metrics.jsonl", "".join(lines))
 
 
 def resumed_job(s: Settings, out: Path, device) -> Job:
     """Return the job in a run's checkpoint. Raise ValueError if it is damaged or does not fit."""
-    base = load_model(out / "base.pt", device)
+    base, content = load_checkpoint(out / "base.pt", device)
+    with reading(out / "base.pt"):
+        check_same_run(content, s)
     path = out / "ckpt.pt"
     model, content = load_checkpoint(path, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, fused=True)
     with reading(path):
+        check_same_run(content, s)
         if not model.cfg == base.cfg == s.model_config():
             raise ValueError("base.pt and config.json are of a model with other sizes")
         if content["step"] not in range(s.steps + 1):
@@ -889,6 +948,20 @@ def resumed_job(s: Settings, out: Path, device) -> Job:
     return Job(s, out, model, optimizer, target, probe, records, content["step"])
 
 
+def lasting_settings(s: Settings) -> dict:
+    """Return the settings that a run keeps when it is resumed. They tell its files from others."""
+    return {name: value for name, value in asdict(s).items() if name not in FREE}
+
+
+def check_same_run(content: dict, s: Settings):
+    """Raise ValueError if a checkpoint says that it is of a run with other settings."""
+    expected = lasting_settings(s)
+    stored = content.get("settings", expected)  # older files do not have them
+    for name, value in expected.items():
+        if stored.get(name) != value:
+            raise ValueError(f"its run has {name} {stored.get(name)}, but config.json has {value}")
+
+
 def write_text(path: Path, text: str):
     """Write a text file, whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -901,7 +974,7 @@ def write_atomically(path: Path, write):
         write(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(f"{path} could not be written: {in_words(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)  # if all went well, it has been renamed
 
@@ -910,6 +983,8 @@ def new_directory(s: Settings) -> Path:
     """Make the run's directory: out_dir, if it is empty, or the first free out/ALGO-seedSEED-N."""
     if s.out_dir:
         out = Path(s.out_dir)
+        if out.is_file():
+            raise ValueError(f"{out} is a file: choose another --out_dir")
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError(f"{out} is not empty: choose another --out_dir, or --resume its run")
@@ -932,7 +1007,11 @@ def read_settings(run: Path) -> Settings:
     """Return the settings in a run's config.json. Raise ValueError if there are none."""
     path = run / "config.json"
     with reading(path):
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        missing = [f.name for f in fields(Settings) if f.name not in stored]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return Settings(**stored)
 
 
 def read_metrics(run: Path, kind: str) -> list[dict]:
@@ -966,8 +1045,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         message = "\nstopped"
         if s and s.out_dir and (Path(s.out_dir) / "config.json").exists():
-            words = ["python", "train_toy.py", "--resume", "--out_dir", s.out_dir]
-            message += f"; to continue: {shlex.join(words)}"
+            resume = command_line("train_toy.py", "--resume", "--out_dir", s.out_dir)
+            message += f"; to continue: {resume}"
         print(message, file=sys.stderr)
         return 130
 

@@ -62,10 +62,13 @@ function solution(expression) {  // the careful response, if there is one
   return lines && lines.length > 1 ? lines.slice(1).join("=") + words[eos] : "";
 }
 
+const operators = Object.keys(data.results), nth = i => operators[i % operators.length];
+const PROBLEM = `7${nth(0)}5${nth(2)}3${nth(1)}2=`;  // 7+5*3-2= if the operators are + - *
+
 // ---- The state of the page, and what follows from it ----
 
 const defaults = {
-  text: "7+5*3-2=",
+  text: PROBLEM,
   checkpoint: stops - 1,
   view: "raw",
   layer: null,  // of the policy that answers; null: pi_theta
@@ -140,10 +143,10 @@ function read_text(complaints) {  // set `tokens`, and name what is ignored
   if (all.length > room)
     notes.push(`Ignored: the last ${all.length - room} characters, because the model reads at most ${room}.`);
   if (all.length >= room) notes.push("There is no room for an answer.");
-  if (tokens.length === 0) notes.push("Type a problem, such as 7+5*3-2=");
+  if (tokens.length === 0) notes.push(`Type a problem, such as ${PROBLEM}`);
   else if (!decode(tokens).includes("=")) notes.push("A problem ends in =");
   else if (expected_lines() === null)
-    notes.push("This is not a problem of the task: digits and operators alternate before one =, as in 7+5*3-2=");
+    notes.push(`This is not a problem of the task: digits and operators alternate before one =, as in ${PROBLEM}`);
   $("note").textContent = notes.join(" ");
 }
 

@@ -5,7 +5,7 @@
 
 const index_of = wanted => Math.max(0, checkpoints.findIndex(({key}) => key === wanted));
 const l = data.target ?? Math.max(1, L - 2);  // the layer of phase 1
-const PROBLEM = "7+5*3-2=", CHAIN = "9-1*8*0-5=", PROBLEMS = 30, MANY = 200;
+const CHAIN = "9-1*8*0-5=", PROBLEMS = 30, MANY = 200;
 const nats = value => `${value.toFixed(2)} nats`;
 const correctly = said => `"${decode(said)}", which is ${is_correct(said) ? "correct" : "incorrect"}`;
 
@@ -116,6 +116,8 @@ const questions = [
       policies prefer the same characters. And one problem does not show which policy is better: compare over many.`,
   },
 ];
+// In a task with other operators, the text of the last two is not true.
+if (solution(CHAIN.slice(0, -1)) !== "8*8*0-5=4*0-5=0-5=5<eos>") questions.length = 4;
 let question = null;
 const guesses = {};  // by the number of the question
 

@@ -586,6 +586,16 @@ def test_what_is_a_problem(page, tmp_path):
     assert True in followed and False in followed
 
 
+def test_a_task_with_other_operators(page, tmp_path):
+    """The example has no operator that the task lacks, and no question is about one."""
+    data = page_data(page)
+    del data["results"]["*"]
+    script = """found.push($("problem").value, $("note").textContent, questions.length);"""
+    found = browse(tmp_path, analyze.web_page("live.html", data), script)
+    assert found == ["7+5+3-2=", "", 4]
+    assert browse(tmp_path, page, script) == ["7+5*3-2=", "", 6]
+
+
 LINES = ["2*3-2=6-2=4<eos>", "4<eos>", "6-2=4<eos>", "2*3-2=6-2=4", "2*3-2=5-2=3<eos>"]
 LINES += ["2*3-2=6-2=<eos>", "2-2=0<eos>", "2*3=6<eos>", "<eos>", "=4<eos>", "6-2=6-2=4<eos>"]
 

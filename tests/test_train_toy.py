@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -184,6 +185,15 @@ def test_operators_that_the_task_cannot_use_are_refused(case, tmp_path, monkeypa
         toy.Settings(n=3)
 
 
+def test_an_operator_that_is_no_text_is_refused_in_a_sentence(monkeypatch):
+    module = types.ModuleType("toy_with_a_number")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = Path(toy.__file__).read_text(encoding="utf-8")
+    exec(source.replace("OPERATORS = {", "OPERATORS = {1: operator.add, "), module.__dict__)
+    with pytest.raises(ValueError, match="OPERATORS must be single characters .*, not 1$"):
+        module.Settings()
+
+
 def test_evaluation_has_every_held_out_problem_but_no_more(monkeypatch):
     """With two operators there are fewer than 600 of 3 digits; the last of them is found, too."""
     use_operators(monkeypatch, {"+": operator.add, "&": operator.and_})
@@ -306,7 +316,8 @@ def test_the_files_of_a_run(finished):
         assert not torch.equal(phase1[name], final[name])
 
 
-def test_another_seed_is_another_run(finished, base, tmp_path, capsys):
+def test_another_seed_is_another_run(finished, base, copied, tmp_path, capsys):
+    """A run is not resumed from files of another, although the sizes are the same."""
     out = tmp_path / "a run's"  # a shell needs quotes for this name
     options = ["--seed", 1, "--steps", 3, "--device", "auto"]
     assert run(*TINY, "--base", base, *options, "--out_dir", out) == 0
@@ -322,6 +333,14 @@ def test_another_seed_is_another_run(finished, base, tmp_path, capsys):
         changes = [inside[name][l - 1] for name in ("dH_attn", "dH_mlp", "dH_layer")]
         values = [inside["layer"][l], inside["layer_normed"][l], *changes]
         assert [float(x) for x in row.split()] == pytest.approx(values, abs=0.006)
+    for name in ("base.pt", "ckpt.pt"):
+        shutil.copy(out / name, copied)
+        before = files(copied)
+        assert run("--resume", "--out_dir", copied) == 2
+        sentence = one_sentence(capsys)
+        assert name in sentence and "its run has seed 1, but config.json has 0" in sentence
+        assert files(copied) == before
+        shutil.copy(finished / name, copied)
 
 
 def test_learning_rate_is_constant_and_then_falls_as_1_over_step(base, tmp_path, monkeypatch):
@@ -491,7 +510,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_can_be_resumed(finished, base, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     sentence = one_sentence(capsys)
-    assert "base.pt could not be written" in sentence and os.strerror(errno.EFBIG) in sentence
+    assert sentence.endswith(f"base.pt could not be written: {os.strerror(errno.EFBIG)}\n")
     assert [p.name for p in out.iterdir()] == ["config.json"]
     assert run("--resume", "--out_dir", out) == 0
     assert_same_run(finished, out)
@@ -575,7 +594,7 @@ INVALID = """--steps 3 --s_inter 4, --layer 0, --layer 6, --site attn_out, --gro
 --algo grpo --s_inter 3, --seed 4294967296, --seed -1, --base nowhere.pt, --base .
 --d_model 63, --d_model 62, --d_model 2
 --questions 3, --n 13, --n_layer 1, --internal_loss -1, --eval_problems 1
---eval_problems 1001, --threads 0, --resume --out_dir nowhere, --device cud, --resume --steps 3"""
+--eval_problems 1001, --threads 0, --threads 100000, --resume --out_dir nowhere, --device cud, --resume --steps 3"""
 
 
 @pytest.mark.parametrize("argv", re.split(", |\n", INVALID))
@@ -590,8 +609,17 @@ def test_invalid_options(argv, tmp_path, monkeypatch, capsys):
 
 
 def test_options_that_have_no_upper_bound():
-    s = toy.Settings(threads=10**4, lr=1e9, internal_loss=1e9)
-    assert (s.threads, s.lr, s.internal_loss) == (10**4, 1e9, 1e9)
+    s = toy.Settings(lr=1e9, internal_loss=1e9)
+    assert (s.lr, s.internal_loss) == (1e9, 1e9)
+
+
+def test_a_task_that_outgrows_the_context_is_refused(tmp_path, monkeypatch, capsys):
+    """Before the directory is made, not in the middle of pretraining."""
+    monkeypatch.setattr(toy, "longest_response", lambda n: 62 * n)
+    toy.Settings(n=3)  # 8 + 248 tokens fit
+    assert run("--n", 4, "--out_dir", tmp_path / "out") == 2
+    assert "n + 1 = 5 take 320 tokens, more than CONTEXT = 256" in one_sentence(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
@@ -600,6 +628,7 @@ def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
         ("--help", "0", "--layer"),
         ("--step 3", "2", "--step 3"),
         ("--layer low", "2", wrong),
+        ("--resume --out_dir=", "2", "argument --out_dir: must not be empty"),
     ):
         with pytest.raises(SystemExit, match=code):
             run(*argv.split())
@@ -607,6 +636,8 @@ def test_help_names_all_options_and_none_can_be_abbreviated(capsys):
         assert says in printed.out + printed.err
         if code == "0":
             assert all(f"--{f.name}" in printed.out for f in toy.fields(toy.Settings))
+            words = " ".join(printed.out.split())
+            assert "a base model" in words and "(in 3..12; default: 5)" in words
     s, _ = toy.parse_options("--preset smoke --algo grpo".split())
     assert (s.s_inter, s.n_layer) == (0, 4)
 
@@ -640,7 +671,8 @@ def test_what_is_refused_changes_nothing(finished, base, tmp_path, capsys):
     for argv, says in (
         ([*TINY, "--base", tmp_path / "17.pt", "--out_dir", tmp_path / "x"], "OPERATORS"),
         ([*TINY, "--base", base, "--out_dir", finished], "not empty"),
-        (["--resume", "--out_dir", finished, "--seed", 3], "--seed 3"),
+        ([*TINY, "--base", base, "--out_dir", base], "is a file"),
+        (["--resume", "--out_dir", finished, "--seed", 3], "config.json, which has 0"),
         (["--resume", "--out_dir", finished, "--steps", 5], "step 12"),
         (other_size, "--d_model 48"),
     ):
@@ -667,7 +699,9 @@ def test_spoiled_files_are_refused_in_a_sentence(copied, capsys, name):
     is_json = name == "config.json"
     content = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
     spoiled = [*each_spoiled(content), b"", b"rubbish", b"{}", None]
-    if not is_json:
+    if is_json:  # a missing setting is not replaced by its default
+        spoiled += [{key: content[key] for key in content if key != name} for name in content]
+    else:
         spoiled.append(content | {"more": Path("a")})  # what only an unsafe load would read
         spoiled.append(content | {"single_results": content["single_results"][:-1]})
     if name == "ckpt.pt":
@@ -714,7 +748,7 @@ def test_if_the_rule_names_no_layer_the_command_that_is_printed_works(
     options = [*NO_PHASE_1, "--s_inter", 3, "--seed", 4, "--preset", "smoke", "--base", base]
     assert run(*options, "--out_dir", "it's one") == 2
     python, script, *argv = shlex.split(one_sentence(capsys).split("example: ")[1])
-    assert (python, script) == ("python", "train_toy.py")
+    assert (python, script) == ("python", toy.__file__)  # this is not the directory of the project
     assert run(*argv, "--out_dir", "next") == 0
     first, then = (vars(toy.read_settings(Path(name))) for name in ("it's one", "next"))
     changed = {"base": str(Path("it's one/base.pt")), "layer": 1, "out_dir": "next"}
@@ -723,6 +757,16 @@ def test_if_the_rule_names_no_layer_the_command_that_is_printed_works(
         s = toy.Settings(layer=layer, site="mlp_out")
         target = toy.pick_target(s, [0.1, 0.2, -0.1], str(base))
         assert target == minibupo.Policy(expected, "mlp_out")
+
+
+def test_printed_commands(tmp_path, monkeypatch):
+    """A path that looks like an option is absolute in them, and cmd.exe knows only double quotes."""
+    monkeypatch.chdir(tmp_path)
+    assert toy.parse_options(["--out_dir=-a"])[0].out_dir == str(tmp_path / "-a")
+    monkeypatch.chdir(Path(toy.__file__).parent)
+    assert toy.command_line("train_toy.py", "my run") == "python train_toy.py 'my run'"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert toy.command_line("train_toy.py", "my run") == 'python train_toy.py "my run"'
 
 
 def test_everything_without_a_network(base, tmp_path):
