@@ -260,8 +260,8 @@ def report_of_worth(lines: list[dict]) -> str:
         rows.append([line["model"], arm, *cells])
     note = (
         "`python -m experiments.lm_study worth`: first-order worth (first_order.py), four batches "
-        "(Qwen: three); ± is half of the 95% interval by the jackknife over batches. Measured: that "
-        "of `pairs`, 95% interval over seeds by Fieller."
+        "(Qwen: three); ± is half of the 95% interval by the jackknife over batches. Measured: "
+        "that of `pairs`, 95% interval over seeds by Fieller."
     )
     return f"{note}\n\n{markdown_table(['model', 'arm', 'predicted', 'measured'], rows)}"
 
