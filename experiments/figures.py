@@ -100,9 +100,10 @@ def worth(runs: list[dict], points: list[tuple], lm_points: list[tuple]):
         rewards = np.array([run["reward"] for run in runs if run["arm"] == arm])
         steps = range(1, rewards.shape[1] + 1)
         left.plot(steps, rewards.mean(0), style, label=label)
-    left.axvline(5.5, color=analyze.GREY, linewidth=0.8, linestyle=":")
+    left.axvspan(1, 5.5, color="0.92", linewidth=0)
+    left.annotate("phase 1", (1.2, 0.95), size=7)
     left.set(xlabel="step", ylabel="training reward", xlim=(1, 40), ylim=(0, 1))
-    left.set_title(f"mean of {len(rewards)} base models; phase 1 ends at the dotted line")
+    left.set_title(f"training, mean of {len(rewards)} base models")
     left.legend(loc="lower right")
 
     for W, colour in zip((0, *study.WEIGHTS), ("C0", "C4", "C1", "C2")):
@@ -110,15 +111,23 @@ def worth(runs: list[dict], points: list[tuple], lm_points: list[tuple]):
         for name, is_frozen, marker, fill in KINDS:
             chosen = [(x, y) for step, x, y in of_W if ("above" in step) == is_frozen]
             if chosen:
-                label = f"{name}, W = {W}"
-                right.plot(*zip(*chosen), marker, color=colour, mfc=fill or colour, label=label)
-    for line, arm, predicted, half, (measured, low, high) in lm_points:
-        colour = {"smollm2": "C3", "qwen": "C5"}[line["model"]]
-        error = dict(xerr=half, yerr=[[measured - low], [high - measured]], linewidth=0.6)
-        right.errorbar(predicted, measured, color=colour, fmt="D", **error)
-        right.annotate(f"{LANGUAGE_MODELS[line['model']]}, {arm}", (predicted, measured), size=5)
+                style = dict(color=colour, mfc=fill or colour, markersize=3.5)
+                right.plot(*zip(*chosen), marker, label=f"{name}, W = {W}", **style)
+    for model, colour in (("smollm2", "C3"), ("qwen", "C5")):
+        for name, is_frozen, _, fill in KINDS:
+            of_kind = [
+                (predicted, measured, half, measured - low, high - measured)
+                for line, arm, predicted, half, (measured, low, high) in lm_points
+                if line["model"] == model and ("frozen" in arm) == is_frozen
+            ]
+            if of_kind:
+                x, y, half, below, above = zip(*of_kind)
+                style = dict(color=colour, mfc=fill or colour, fmt="D", linewidth=0.8)
+                label = f"{name}, {LANGUAGE_MODELS[model]}"
+                right.errorbar(x, y, xerr=half, yerr=[below, above], label=label, **style)
     right.axline((0, 0), slope=1, color=analyze.GREY, linewidth=0.8)
-    right.set(xlabel="worth predicted without training", ylabel="measured worth of a step")
+    right.set(xlabel="worth of a step, predicted without training", ylabel="worth, measured")
+    right.set_title("worth: predicted and measured")
     right.legend(fontsize=6)
     save(figure, "study_worth.png")
 

@@ -131,7 +131,8 @@ def worth(name: str) -> dict:
     torch.set_num_threads(1)
     started = time.process_time()
     model, tokenizer = load(fetch(name), device=pick_device("auto"))
-    count = 3 if name == "qwen" else BATCHES  # Qwen's gradient takes 2 GB for each batch
+    # Qwen's gradient takes 2 GB for each batch, and its logits half a GB for 16 rows
+    count, rows = (3, 4) if name == "qwen" else (BATCHES, ROWS)
     batches = [
         arithmetic_rollouts(model, tokenizer, **TASKS[name], seed=700 + b) for b in range(count)
     ]
@@ -139,8 +140,8 @@ def worth(name: str) -> dict:
     for arm, (layer, is_frozen) in arms(name).items():
         policy = FULL if layer is None or is_frozen else Policy(layer)
         above = partial(common.above, layer=layer) if is_frozen else lambda model: []
-        steps[arm] = policy_step(policy, TRAINING[name]["lr"], above, chunk=ROWS)
-    found = rises(model, batches, steps, chunk=ROWS)
+        steps[arm] = policy_step(policy, TRAINING[name]["lr"], above, chunk=rows)
+    found = rises(model, batches, steps, chunk=rows)
     return {
         "reward": float(np.mean([batch.rewards.mean().item() for batch in batches])),
         "rises": {arm: matrix.tolist() for arm, matrix in found.items()},
