@@ -39,6 +39,7 @@ STEPS = (0, 5, 20, 60)
 WORTH_BASES = passk.BASES[:6]
 WORTH_BATCHES = 6
 AFTER = (1, 5)  # steps of one kind, after which accuracy is measured directly
+PROBLEMS = 1000  # for that, with 8 samples each
 STEP_OF = {  # kinds of arms, and the step that predicts them
     study.Arm(s_inter=5): "layer {}",
     study.Arm(s_inter=5, loop=study.frozen_above): "layers above {} frozen",
@@ -405,7 +406,7 @@ def main(argv=None):
         for W in (0, 1, 0.3, 3):
             names = [name for name in RUNS if study.ARMS[name].W == W]
             plan = [(name, base, passk.SEED) for name in names for base in WORTH_BASES]
-            measure_worth(passk.OUT, common.RESULTS, study.SIZES, plan, WORTH_BATCHES, 1024)
+            measure_worth(passk.OUT, common.RESULTS, study.SIZES, plan, WORTH_BATCHES, PROBLEMS)
     if args.what == "cosines":
         pairs = [(base, W) for W in (0, *study.WEIGHTS) for base in study.BASES]
         jobs = [({"base": b, "W": W}, cosines, b, W) for b, W in pairs]
