@@ -9,7 +9,8 @@ from conftest import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "docs/*.md", "minibupo_hf/README.md", "experiments/README.md", "course/*.md"]
+PAGES = ["README.md", "docs/*.md", "minibupo_hf/README.md", "experiments/README.md"]
+PAGES += ["course/*.md", "course/solutions/*.md"]
 
 
 def blocks(language: str, page: str = README) -> list[str]:

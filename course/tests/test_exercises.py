@@ -310,7 +310,7 @@ def test_the_plan_of_the_course_fits_its_sessions():
             total = int(re.search(r"\((\d+)\)", cells[1])[1])
             planned = 0
         planned += int(cells[2])
-        if cells[3].startswith("exercises"):
+        if cells[3].startswith("exercise"):
             numbers = [int(number) for number in re.findall(r"\d+", cells[3])]
             assert sum(check.load(number).MINUTES for number in numbers) == int(cells[2])
             exercises += numbers

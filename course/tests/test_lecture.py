@@ -21,6 +21,8 @@ nbconvert = pytest.importorskip("nbconvert", reason='needs pip install -e ".[cou
 pytest.importorskip("ipykernel", reason='needs pip install -e ".[course]"')
 pytest.importorskip("scipy", reason='needs pip install -e ".[course]"')
 
+from experiments import common, passk
+
 LECTURE = Path(__file__).parent.parent / "lecture.ipynb"
 
 
@@ -208,4 +210,12 @@ def test_the_text_says_what_was_computed(committed):
     costs = printed(one(code_cells(committed), "def idle_by_hand")).replace("+-", " ")
     idle, _, bupo, _ = numbers(costs)
     question = one(committed.cells, "### The worth of a step").source
-    assert f"Phase 1 costs {-bupo} points and idling costs {-idle}." in question
+    assert f"BuPO - GRPO is {bupo} points and idle - GRPO is {idle}." in question
+
+
+def test_the_verdict_counts_the_base_models_of_both_experiments(committed):
+    """Its first line is what experiments/passk.py reports of them together."""
+    [cell] = [c for c in code_cells(committed) if c.source.startswith('print("worth of a step")')]
+    value, bases = printed(cell).splitlines()[1][44:].strip().split("), ")
+    together = passk.together(common.read_lines(passk.RESULTS))
+    assert together.endswith(f"{value}), {bases}.")
