@@ -293,9 +293,10 @@ def draw_flow(found: dict, log_vocab: float) -> Figure:
     plot_by_layer(below, 0, found["rms_layer"], LAYER)
     norms = found["rms_layer"].mean(1)
     below.set_yscale("log")
-    below.set_yticks([norms.min(), norms.max()], [f"{norms.min():.2g}", f"{norms.max():.2g}"])
+    shown = [norms.min(), norms[1], norms.max()]
+    below.set_yticks(shown, [f"{norm:.2g}" for norm in shown])
     below.minorticks_off()
-    below.set_ylabel("RMS of $H^l$")
+    below.set_ylabel("RMS of $H^l$\n(log scale)")
     return figure
 
 

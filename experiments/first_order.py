@@ -82,6 +82,7 @@ def rises(model, batches: list, steps: dict, chunk=64) -> dict[str, np.ndarray]:
             change = weight_change(model, partial(step, rollouts=batch))
             for j, gradient in enumerate(gradients):
                 found[name][i, j] = sum(float((g * d).sum()) for g, d in zip(gradient, change))
+            del change  # it takes as much memory as the model
     return found
 
 

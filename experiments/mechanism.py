@@ -299,6 +299,40 @@ def worth_points(lines: list[dict], runs: list[dict]) -> list[tuple]:
     return [(*key, *values) for key, values in points.items()]
 
 
+def table_of_arms(lines: list[dict], runs: list[dict]) -> str:
+    """Return predicted and measured worth of each arm of five steps, over base models.
+
+    Both are ratios of means over base models, with their 95% intervals by Fieller.
+    """
+    rows = []
+    for name in dict.fromkeys(run["arm"] for run in runs):
+        arm = study.ARMS[name]
+        of_arm = {run["base"]: run for run in runs if run["arm"] == name and step_of(run)}
+        measured_on = [line for line in lines if line["W"] == arm.W and line["base"] in of_arm]
+        if not measured_on:
+            continue
+        rise = [mean_rise(line, step_of(of_arm[line["base"]])) for line in measured_on]
+        rise_of_grpo = [mean_rise(line, "GRPO") for line in measured_on]
+        bases = {line["base"] for line in measured_on}
+        of_bases = [run for run in runs if run["base"] in bases]
+        control = study.without_phase_1(name)
+        found = common.costs(of_bases, name, control, arm.s_inter, "base")
+        measured = common.worth(found["arm - control"], found["idle - control"])
+        cells = [common.ratio_text(rise, rise_of_grpo), common.with_limits(*measured)]
+        rows.append([name, len(bases), *cells])
+    return common.markdown_table(["arm", "bases", "predicted", "measured"], rows)
+
+
+def noise_of_measured(runs: list[dict]) -> float:
+    """Return the standard deviation over base models of the worth measured for an idle step.
+
+    Its true worth is 0, so this is the noise of a measurement on one base model.
+    """
+    found = common.costs(runs, "GRPO, idle 5", "GRPO", 5, "base")
+    costs, idle = (np.array(found[f"{name} - control"]) for name in ("arm", "idle"))
+    return float(np.std(1 - costs / idle, ddof=1))
+
+
 def table_of_steps(lines: list[dict], runs: list[dict], W: float) -> str:
     """Return what is left of the predicted worth after one step, five steps and a whole run.
 
@@ -308,7 +342,8 @@ def table_of_steps(lines: list[dict], runs: list[dict], W: float) -> str:
     rows = []
     for name in AFTER_ARMS:
         step = step_of(next(run for run in runs if run["arm"] == name))
-        cells = [common.ratio_text(*(mean_rises(of_W, x) for x in (step, "GRPO")))]
+        first_order = ([mean_rise(line, x) for line in of_W] for x in (step, "GRPO"))
+        cells = [common.ratio_text(*first_order)]
         for i in range(len(AFTER)):
             rise, rise_of_grpo = (
                 [line["after"][arm][i] for line in of_W] for arm in (name, "GRPO")
@@ -323,31 +358,39 @@ def table_of_steps(lines: list[dict], runs: list[dict], W: float) -> str:
     return common.markdown_table(head, rows)
 
 
-def mean_rises(lines: list[dict], step: str) -> list[float]:
-    """Return the first-order rise of expected reward with a step, one mean per base model."""
-    found = [np.array(line["rises"][step]) for line in lines]
-    return [float(matrix[~np.eye(len(matrix), dtype=bool)].mean()) for matrix in found]
+def mean_rise(line: dict, step: str) -> float:
+    """Return the first-order rise of expected reward with a step on a base model."""
+    matrix = np.array(line["rises"][step])
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
 
 
 def report_of_worth(lines: list[dict], runs: list[dict]) -> str:
     """Return the predicted worth of all steps, and how it compares with the measured one."""
     texts = [
-        "First-order worth of one step (first_order.py), batches of 32 x 8 rollouts; ± is half of "
-        "the 95% interval by the jackknife over batches. Base models are those of "
-        "experiments.passk.\n\n" + table_of_worth(lines)
+        "Predicted is the first-order worth of one step (first_order.py), from batches of 32 x 8 "
+        "rollouts. Measured is that of training runs. Both are ratios of means over base models, "
+        "which are those of experiments.passk, with 95% intervals by Fieller.\n\n"
+        + table_of_arms(lines, runs)
     ]
     points = worth_points(lines, runs)
     for W in sorted({W for _, _, W, *_ in points}):
         texts.append(agreement([point for point in points if point[2] == W], f"W = {W}"))
-    if points:
-        texts.append(agreement(points, "All"))
+    texts.append(agreement(points, "All"))
+    if any(run["arm"] == "GRPO, idle 5" for run in runs):
         texts.append(
-            "What the first order leaves out, W = 0: the rise of reward with a step over that with "
-            "a step of GRPO, to first order; the rise of held-out accuracy after one and after "
-            "five real steps over that after as many of GRPO; and the worth over the whole run. "
-            "Ratios of means over base models, with 95% intervals by Fieller.\n\n"
-            + table_of_steps(lines, runs, 0)
+            "The measured worth of an idle step, which is 0, has a standard deviation over base "
+            f"models of {noise_of_measured(runs):.2f}. This much of the distance is noise."
         )
+    texts.append(
+        "What the first order leaves out, W = 0: the rise of expected reward with a step over that "
+        "with a step of GRPO, to first order; the rise of held-out accuracy after one and after "
+        "five real steps over that after as many of GRPO; and the worth over the whole run.\n\n"
+        + table_of_steps(lines, runs, 0)
+    )
+    texts.append(
+        "Predicted worth by base model; ± is half of the 95% interval by the jackknife over "
+        "batches.\n\n" + table_of_worth(lines)
+    )
     return "\n\n".join(texts)
 
 
