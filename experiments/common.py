@@ -148,6 +148,7 @@ def delayed(reward: list[float], steps: int) -> np.ndarray:
     The first reward is held for these steps. Then the curve starts, as late as that.
     """
     reward = np.array(reward)
+    steps = min(steps, len(reward))
     return np.concatenate([np.full(steps, reward[0]), reward[: len(reward) - steps]])
 
 
