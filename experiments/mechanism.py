@@ -1,6 +1,6 @@
 """Why phase 1 costs: can one tell beforehand what a step of it is worth?
 
-    python -m experiments.mechanism worth      # predicted and measured worth: two hours
+    python -m experiments.mechanism worth      # predicted and measured worth: an hour
     python -m experiments.mechanism cosines    # cosines of gradients: half an hour
     python -m experiments.mechanism report     # only the report, of the committed results
     python -m experiments.mechanism worth --quick DIR    # the smallest form, into DIR
@@ -56,7 +56,7 @@ RUNS = (  # arms besides those of experiments.passk
     *(f"BuPO, layer {l}" for l in (5, 1, 4, 2)),
     "BuPO, layer 3, embedding frozen",
     *(f"GRPO, above {l} frozen" for l in (3, 5, 1)),
-    *(name for name, arm in study.ARMS.items() if arm.W),
+    *(name for name, arm in study.ARMS.items() if arm.W == 1),
 )
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def main(argv=None):
         quick(args.quick)
         return
     if args.what == "worth":
-        for W in (0, 1, 0.3, 3):
+        for W in (0, 1):
             names = [name for name in RUNS if study.ARMS[name].W == W]
             plan = [(name, base, passk.SEED) for name in names for base in WORTH_BASES]
             measure_worth(passk.OUT, common.RESULTS, study.SIZES, plan, WORTH_BATCHES, PROBLEMS)
