@@ -93,26 +93,32 @@ def scatter(points: list[tuple]):
 
 
 @analyze.styled
-def worth(runs: list[dict], points: list[tuple], lm_points: list[tuple]):
-    """Draw training with and without phase 1, and predicted against measured worth."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(analyze.WIDTH, 3))
+def idle(runs: list[dict]):
+    """Draw training with phase 1, with nothing in its place, and with GRPO in its place."""
+    figure, ax = plt.subplots(figsize=(5, 2.8))
     for (arm, label), style in zip(CURVES.items(), ("-", "--", "-")):
         rewards = np.array([run["reward"] for run in runs if run["arm"] == arm])
         steps = range(1, rewards.shape[1] + 1)
-        left.plot(steps, rewards.mean(0), style, label=label)
-    left.axvspan(1, 5.5, color="0.92", linewidth=0)
-    left.annotate("phase 1", (1.2, 0.95), size=7)
-    left.set(xlabel="step", ylabel="training reward", xlim=(1, 40), ylim=(0, 1))
-    left.set_title(f"training, mean of {len(rewards)} base models")
-    left.legend(loc="lower right")
+        ax.plot(steps, rewards.mean(0), style, label=label)
+    ax.axvspan(1, 5.5, color="0.92", linewidth=0)
+    ax.annotate("phase 1", (1.2, 0.95), size=7)
+    ax.set(xlabel="step", ylabel=f"training reward,\nmean of {len(rewards)} base models")
+    ax.set(xlim=(1, 60), ylim=(0, 1))
+    ax.legend(loc="lower right")
+    save(figure, "study_idle.png")
 
+
+@analyze.styled
+def predicted_and_measured(points: list[tuple], lm_points: list[tuple]):
+    """Draw measured against predicted worth: one point per base model, W and arm, with y = x."""
+    figure, ax = plt.subplots(figsize=(5, 3.6))
     for W, colour in zip((0, *study.WEIGHTS), ("C0", "C4", "C1", "C2")):
         of_W = [(step, x, y) for step, _, w, x, y in points if w == W]
         for name, is_frozen, marker, fill in KINDS:
             chosen = [(x, y) for step, x, y in of_W if ("above" in step) == is_frozen]
             if chosen:
                 style = dict(color=colour, mfc=fill or colour, markersize=3.5)
-                right.plot(*zip(*chosen), marker, label=f"{name}, W = {W}", **style)
+                ax.plot(*zip(*chosen), marker, label=f"{name}, W = {W}", **style)
     for model, colour in (("smollm2", "C3"), ("qwen", "C5")):
         for name, is_frozen, _, fill in KINDS:
             of_kind = [
@@ -124,11 +130,10 @@ def worth(runs: list[dict], points: list[tuple], lm_points: list[tuple]):
                 x, y, half, below, above = zip(*of_kind)
                 style = dict(color=colour, mfc=fill or colour, fmt="D", linewidth=0.8)
                 label = f"{name}, {LANGUAGE_MODELS[model]}"
-                right.errorbar(x, y, xerr=half, yerr=[below, above], label=label, **style)
-    right.axline((0, 0), slope=1, color=analyze.GREY, linewidth=0.8)
-    right.set(xlabel="worth of a step, predicted without training", ylabel="worth, measured")
-    right.set_title("worth: predicted and measured")
-    right.legend(fontsize=6)
+                ax.errorbar(x, y, xerr=half, yerr=[below, above], label=label, **style)
+    ax.axline((0, 0), slope=1, color=analyze.GREY, linewidth=0.8)
+    ax.set(xlabel="worth of a step, predicted without training", ylabel="worth as measured")
+    ax.legend(fontsize=6)
     save(figure, "study_worth.png")
 
 
@@ -191,7 +196,8 @@ def of_study() -> int:
     runs = mechanism.worth_runs()
     points = mechanism.worth_points(common.read_lines(mechanism.WORTH_RESULTS), runs)
     predicted = common.read_lines(common.RESULTS / "lm_worth.jsonl")
-    worth(runs, points, lm_study.worth_points(predicted, pairs))
+    idle(runs)
+    predicted_and_measured(points, lm_study.worth_points(predicted, pairs))
     return 0
 
 
