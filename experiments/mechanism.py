@@ -36,7 +36,7 @@ WORTH_RUNS = common.RESULTS / "worth_runs.jsonl"
 SEED = 600
 BATCHES = 3
 STEPS = (0, 5, 20, 60)
-WORTH_BASES = passk.BASES[:6]
+WORTH_BASES = {W: passk.BASES[: 6 if W in (0, 1) else 3] for W in (0, 1, 0.3, 3)}
 WORTH_BATCHES = 6
 AFTER = (1, 5)  # steps of one kind, after which accuracy is measured directly
 PROBLEMS = 1000  # for that, with 8 samples each
@@ -56,7 +56,7 @@ RUNS = (  # arms besides those of experiments.passk
     *(f"BuPO, layer {l}" for l in (5, 1, 4, 2)),
     "BuPO, layer 3, embedding frozen",
     *(f"GRPO, above {l} frozen" for l in (3, 5, 1)),
-    *(name for name, arm in study.ARMS.items() if arm.W == 1),
+    *(name for name, arm in study.ARMS.items() if arm.W),
 )
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -446,9 +446,9 @@ def main(argv=None):
         quick(args.quick)
         return
     if args.what == "worth":
-        for W in (0, 1):
+        for W, bases in WORTH_BASES.items():
             names = [name for name in RUNS if study.ARMS[name].W == W]
-            plan = [(name, base, passk.SEED) for name in names for base in WORTH_BASES]
+            plan = [(name, base, passk.SEED) for name in names for base in bases]
             measure_worth(passk.OUT, common.RESULTS, study.SIZES, plan, WORTH_BATCHES, PROBLEMS)
     if args.what == "cosines":
         pairs = [(base, W) for W in (0, *study.WEIGHTS) for base in study.BASES]
