@@ -36,7 +36,12 @@ WORTH_RUNS = common.RESULTS / "worth_runs.jsonl"
 SEED = 600
 BATCHES = 3
 STEPS = (0, 5, 20, 60)
-WORTH_BASES = {W: passk.BASES[: 6 if W in (0, 1) else 3] for W in (0, 1, 0.3, 3)}
+WORTH_BASES = {  # by W
+    0: passk.BASES[:6],
+    1: passk.BASES[:6],
+    0.3: passk.BASES[:3],
+    3: passk.BASES[:3],
+}
 WORTH_BATCHES = 6
 AFTER = (1, 5)  # steps of one kind, after which accuracy is measured directly
 PROBLEMS = 1000  # for that, with 8 samples each

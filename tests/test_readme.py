@@ -37,7 +37,7 @@ def test_the_snippet_is_algorithm_1(capsys):
 
 
 def test_the_snippets_of_language_models_run(tmp_path, monkeypatch, capsys):
-    """Pasted with a tiny model: the worth of two layers, then BuPO and GRPO with one's own reward."""
+    """Pasted with a tiny model: the worth of two layers, then BuPO and GRPO with a reward."""
     for package in ("trl", "scipy"):
         pytest.importorskip(package, reason="the extras `hf` and `bench` are not installed")
     from tests import test_hf
