@@ -657,7 +657,7 @@ def add_evaluation(records: list, s: Settings, model, step: int):
     results, examples = evaluate(model, s, s.tiers, count)
     add_record(records, "eval", step=step, problems=count, tiers=results, examples=examples)
     tqdm.write(f"\nat step {step}, on {count} held-out problems of each number of digits:")
-    names = (f"avg@{SAMPLES}", f"pass@{SAMPLES}", "correct_lines", "length")
+    names = (f"avg@{SAMPLES}", f"pass@{SAMPLES}", "length")
     tqdm.write("digits" + "".join(f"{name:>14}" for name in names))
     for n, tier in results.items():
         tqdm.write(f"{n:>6}" + "".join(f"{tier[name]:14.3f}" for name in names))

@@ -1,10 +1,10 @@
 """The figures of README and docs.
 
     python -m experiments.figures seeds     # of the runs of experiments.seeds: README's pictures
-    python -m experiments.figures study     # from the committed results: effects, training
+    python -m experiments.figures study     # from the committed results: all other pictures
 
 Entropy flow and lens are of seed 0, the dynamics of all five seeds. The figures are written to
-experiments/figures. Needs the extra `bench`.
+experiments/figures, all in the style of analyze.py. Needs the extra `bench`.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 import analyze
+import minibupo
 from experiments import common, compare, language_models, lm_study, mechanism, study
 
 RUNS = [str(common.ROOT / "out" / "seeds" / f"seed{seed}") for seed in range(5)]
@@ -28,6 +30,7 @@ CURVES = {  # arms of the curves, with their labels
 }
 KINDS = (("phase 1", False, "o", None), ("layers above frozen", True, "s", "white"))
 LANGUAGE_MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
+MODEL_COLOURS = {"smollm2": "C3", "qwen": "C5"}
 EVALUATED = {"smollm2": range(0, 21, 5), "qwen": (0, 4, 8, 12, 16, 18)}  # optimizer steps
 # Rows of the figure of worth, from top to bottom: the arms of the study with their labels, then the
 # language models with the arms that are shown.
@@ -47,49 +50,38 @@ LM_ROWS = (
 )
 
 
+@analyze.styled
 def effects(lines: list[dict], pairs: list[dict]):
     """Draw what a step of phase 1 is worth, one row per arm, with its 95% interval by Fieller."""
-    rows = []  # (label, what common.costs returns)
+    rows = []  # (label, colour, what common.costs returns)
     for arm, label in ROWS.items():
         control = study.without_phase_1(arm)
         found = common.costs(lines, arm, control, study.ARMS[arm].s_inter, "base")
         n = len(found["arm - control"])
-        rows.append((f"{label}\nagainst {control}, {n} base models", found))
+        rows.append((f"{label}\nagainst {control}, {n} base models", "C0", found))
     for model, arm in LM_ROWS:
         of_model = [line for line in pairs if line["model"] == model]
         found = common.costs(of_model, arm, "GRPO", lm_study.TRAINING[model]["phase1"], "seed")
         n = len(found["arm - control"])
-        rows.append((f"{LANGUAGE_MODELS[model]}: {arm}\nagainst GRPO, {n} seeds", found))
+        label = f"{LANGUAGE_MODELS[model]}: {arm}\nagainst GRPO, {n} seeds"
+        rows.append((label, MODEL_COLOURS[model], found))
 
-    figure, ax = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
-    for row, (_, found) in enumerate(rows):
+    figure, ax = plt.subplots(figsize=(analyze.WIDTH, 5))
+    for row, (_, colour, found) in enumerate(rows):
         value, low, high = common.worth(found["arm - control"], found["idle - control"])
-        colour = "C0" if row < len(ROWS) else "C1"
         error = [[value - low], [high - value]]
         ax.errorbar(value, -row, xerr=error, fmt="o", capsize=3, color=colour)
-        ax.annotate(f"{value:.2f}", (value, -row), (0, 5), textcoords="offset points", ha="center")
-    ax.set_yticks(range(0, -len(rows), -1), [label for label, _ in rows])
+        ax.annotate(
+            f"{value:.2f}", (value, -row), (0, 5), textcoords="offset points", ha="center", size=8
+        )
+    ax.set_yticks(range(0, -len(rows), -1), [label for label, *_ in rows])
     for at, name in ((0, "no step"), (1, "a step of\nthe control")):
-        ax.axvline(at, color="0.45", linewidth=0.8)
-        ax.annotate(name, (at, 1), (0, 3), ("data", "axes fraction"), "offset points", ha="center")
+        ax.axvline(at, color=analyze.GREY, linewidth=0.8)
+        where = dict(xycoords=("data", "axes fraction"), textcoords="offset points", ha="center")
+        ax.annotate(name, (at, 1), (0, 3), size=8, **where)
     ax.set_xlim(-0.75, 1.2)
     ax.set_xlabel("what a step of phase 1 is worth, in steps of the control")
     save(figure, "study_effects.png")
-
-
-def scatter(points: list[tuple]):
-    """Draw what phase 1 costs against the cosine at the base: one point per base, W and layer."""
-    figure, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
-    for i, W in enumerate((0, *study.WEIGHTS)):
-        of_W = [(cosine, effect) for _, w, _, cosine, effect in points if w == W]
-        if of_W:
-            ax.plot(*zip(*of_W), "o", markersize=3.5, color=f"C{i}", label=f"W = {W}")
-    rho, low, high = mechanism.correlation(points)
-    ax.axhline(0, color="0.45", linewidth=0.8)
-    ax.set(xlabel="cosine with GRPO's gradient, on the base", ylabel="BuPO - GRPO, points")
-    ax.set_title(f"Spearman's correlation {rho:.2f} ({low:.2f} to {high:.2f})", size=9)
-    ax.legend()
-    save(figure, "study_prediction.png")
 
 
 @analyze.styled
@@ -119,7 +111,7 @@ def predicted_and_measured(points: list[tuple], lm_points: list[tuple]):
             if chosen:
                 style = dict(color=colour, mfc=fill or colour, markersize=3.5)
                 ax.plot(*zip(*chosen), marker, label=f"{name}, W = {W}", **style)
-    for model, colour in (("smollm2", "C3"), ("qwen", "C5")):
+    for model, colour in MODEL_COLOURS.items():
         for name, is_frozen, _, fill in KINDS:
             of_kind = [
                 (predicted, measured, half, measured - low, high - measured)
@@ -137,27 +129,55 @@ def predicted_and_measured(points: list[tuple], lm_points: list[tuple]):
     save(figure, "study_worth.png")
 
 
+@analyze.styled
 def training(pairs: list[dict]):
     """Draw the held-out reward of language models in training by minibupo_hf/train.py.
 
     Lines are means over seeds, bands their standard deviation. Phase 1, eight optimizer steps, ends
     at the dotted line.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(analyze.WIDTH, 3.6), sharey=True)
     for ax, (model, name) in zip(panels, LANGUAGE_MODELS.items()):
         of_model = [line for line in pairs if line["model"] == model]
-        for arm in dict.fromkeys(line["arm"] for line in of_model):
+        arms = dict.fromkeys(line["arm"] for line in of_model)
+        for arm, colour in zip(arms, ("C0", "C2", "C5", "C1")):
             held = np.array([line["held_out"] for line in of_model if line["arm"] == arm])
             steps = EVALUATED[model]
             mean = held.mean(0)
             std = held.std(0, ddof=1)
-            ax.plot(steps, mean, "o-", markersize=3, label=f"{arm} ({len(held)} seeds)")
-            ax.fill_between(steps, mean - std, mean + std, alpha=0.15, linewidth=0)
-        ax.axvline(8.5, color="0.45", linewidth=0.8, linestyle=":", label="phase 1 ends")
+            label = f"{arm} ({len(held)} seeds)"
+            ax.plot(steps, mean, "o-", markersize=3, color=colour, label=label)
+            ax.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+        ax.axvline(8.5, color=analyze.GREY, linewidth=0.8, linestyle=":", label="phase 1 ends")
         ax.set(title=name, xlabel="optimizer step", xticks=steps, ylim=(0, 1))
-        ax.legend(fontsize=7, loc="lower right")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
     panels[0].set_ylabel("held-out reward")
     save(figure, "language_model_training.png")
+
+
+@analyze.styled
+def large():
+    """Draw the training of the larger model of docs/gpu.md, and its dH_FFN before RL by layer."""
+    base = common.read_lines(common.RESULTS / "large-metrics.jsonl")[0]
+    target = minibupo.target_layer(base["dH_mlp"])
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copy(common.RESULTS / "large-metrics.jsonl", Path(scratch) / "metrics.jsonl")
+        # what read_training needs of a run; this one left its metrics only
+        run = SimpleNamespace(
+            path=Path(scratch),
+            settings=SimpleNamespace(n=8),
+            target_policy=lambda: minibupo.Policy(target),
+        )
+        panels = analyze.read_training(run)["dynamics"]
+    save(analyze.draw_training(panels, s_inter=5), "large_dynamics.png")
+    titles = {
+        "dH_attn": "attention: $dH_{ATTN}$",
+        "dH_mlp": f"FFN: $dH_{{FFN}}$ (target layer: {target})",
+        "dH_layer": "layer: $dH_{Layer}$",
+    }
+    means = {name: np.array(base[name])[:, None] for name in titles}
+    figure = analyze.draw_signed(means, titles, "entropy change (nats)")
+    save(figure, "large_entropy_change.png")
 
 
 def save(figure, name: str):
@@ -178,13 +198,13 @@ def of_seeds() -> int:
             return 2
         for name in ("entropy_flow.png", "dynamics.png"):
             shutil.move(Path(scratch) / name, common.FIGURES / name)
-    page = analyze.lens_data(analyze.Run(RUNS[0], "final"), "4+4+4+2*8=")
+    page = analyze.lens_data(analyze.Run(RUNS[0], "final"), "7+5*3-2=")
     save(analyze.draw_lens(page, "final", sites=["resid_post"]), "lens.png")
     return 0
 
 
 def of_study() -> int:
-    """Draw the figures of the committed results of study, mechanism and lm_study. Return 0."""
+    """Draw the figures of the committed results. Return 0."""
     runs = common.read_lines(study.RESULTS)
     pairs = common.read_lines(common.RESULTS / "lm_pairs.jsonl")
     effects(runs, pairs)
@@ -192,7 +212,7 @@ def of_study() -> int:
     for name in LANGUAGE_MODELS:
         found = (common.RESULTS / f"language_model_{name}.json").read_text(encoding="utf-8")
         language_models.draw(json.loads(found), name)
-    scatter(mechanism.prediction(common.read_lines(mechanism.RESULTS), runs))
+    large()
     runs = mechanism.worth_runs()
     points = mechanism.worth_points(common.read_lines(mechanism.WORTH_RESULTS), runs)
     predicted = common.read_lines(common.RESULTS / "lm_worth.jsonl")

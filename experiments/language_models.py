@@ -341,28 +341,27 @@ def forward_and_backward(model, tokens, mask, policy) -> tuple[float, float, flo
 # ---- figures and files ---------------------------------------------------------------------------
 
 
+@analyze.styled
 def draw(found: dict, name: str):
     """Draw entropy, the FFNs' entropy change and next-token accuracy by layer, side by side."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(analyze.WIDTH, 2.6))
     layers = range(found["layers"] + 1)
     uniform = math.log(found["vocab_size"])
-    left.axhline(uniform, color="grey", linewidth=0.6, label="uniform policy: log V")
+    left.axhline(uniform, color=analyze.GREY, linewidth=0.8, label="uniform policy: log V")
     left.plot(layers, found["layer"], color=analyze.LAYER, label="policy of $H^l$")
-    scaled = dict(linestyle=":", color=analyze.MATCHED, label="$H^l$, scaled to the norm of $H^L$")
+    scaled = dict(linestyle="--", color=analyze.MATCHED, label="$H^l$, scaled to the norm of $H^L$")
     left.plot(layers, found["layer_matched"], **scaled)
     normed = dict(linestyle="--", color=analyze.NORMED, label="$H^l$, with the final norm")
     left.plot(layers, found["layer_normed"], **normed)
     left.set(title="entropy", ylabel="nats", xlabel="layer")
     middle.bar(layers[1:], found["dH_mlp"], yerr=found["dH_mlp_sem"], color=analyze.FFN)
-    middle.axhline(0, color="grey", linewidth=0.6)
+    middle.axhline(0, color=analyze.GREY, linewidth=0.8)
     middle.set(title="change of entropy by each FFN", ylabel="$dH_{FFN}$, nats", xlabel="layer")
     right.plot(layers, found["accuracy"]["raw"]["correct"], color=analyze.LAYER)
     right.plot(layers, found["accuracy"]["normed"]["correct"], **normed)
     right.set(title="likeliest token is the next one", xlabel="layer", ylim=(0, 1))
     right.set_ylabel("share of positions")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
-    )
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path = common.FIGURES / f"{name}_layers.png"
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
