@@ -113,6 +113,8 @@ class Run:
 
     def encode(self, prompt: str, response: str):
         """Return the token ids of prompt and response, and how many belong to the prompt."""
+        if prompt and "=" not in prompt:
+            print(f'the problem {prompt} does not end with "=", so the model may add to it')
         return toy.encode(prompt + response), len(toy.encode(prompt))
 
     def own_text(self, model):

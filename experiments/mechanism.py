@@ -448,6 +448,8 @@ def main(argv=None):
     parser.add_argument("--quick", type=Path, metavar="DIR", help="small and short, into DIR")
     args = parser.parse_args(argv)
     if args.quick:
+        if args.what != "worth":
+            parser.error("--quick is for worth")
         quick(args.quick)
         return
     if args.what == "worth":

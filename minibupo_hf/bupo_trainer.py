@@ -9,6 +9,7 @@ advantages, loss, optimizer, sharding and saving stay TRL's.
 
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -111,6 +112,9 @@ class BuPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name} must be a number, not nan")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         super().__post_init__()
@@ -250,6 +254,13 @@ class BuPOTrainer(GRPOTrainer):
                 f"gradient_accumulation_steps = {steps}"
             )
 
+    def _minibatches(self, optimizer_steps: int) -> int:
+        """How many mini-batches these optimizer steps take. The last step of an epoch may have
+        fewer than the others."""
+        steps = self.args.gradient_accumulation_steps
+        epochs, rest = divmod(optimizer_steps, math.ceil(self.epoch / steps))
+        return epochs * self.epoch + rest * steps
+
     def _begin_run(self, optimizer_steps: int):
         """Count on from the optimizer steps that a resumed run has done; 0 for a new run.
 
@@ -265,9 +276,13 @@ class BuPOTrainer(GRPOTrainer):
         self._check_settings(optimizer_steps)
         if self.args.bupo_steps == 0:
             return
-        steps = self.args.gradient_accumulation_steps
-        epochs, rest = divmod(optimizer_steps, math.ceil(self.epoch / steps))
-        self._step = epochs * self.epoch + rest * steps
+        if self.phase_1 >= self._minibatches(self.state.max_steps):
+            warnings.warn(
+                f"phase 1 takes all {self.state.max_steps} optimizer steps of this run, because "
+                f"bupo_steps = {self.args.bupo_steps}: there is no phase 2",
+                stacklevel=2,
+            )
+        self._step = self._minibatches(optimizer_steps)
         self._buffered_inputs = None
         self.layer = self.args.bupo_layer
 

@@ -451,6 +451,12 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
     of_layer, of_pi_theta = printed.split("responses of")[1:]
     assert of_layer.startswith(" layer 1") and f"n = 3: {100 * expected:.1f}%" in of_layer
     assert of_pi_theta.startswith(" pi_theta") and f"'{PROMPT}" not in printed
+    assert "does not end with" not in printed
+
+
+def test_a_prompt_that_does_not_end_is_noted(finished, tmp_path, capsys):
+    assert run("lens", finished, PROMPT.removesuffix("="), "--out", tmp_path) == 0
+    assert 'does not end with "=", so the model may add to it' in capsys.readouterr().out
 
 
 def test_a_task_with_other_operators(finished, tmp_path, monkeypatch, capsys):

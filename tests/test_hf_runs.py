@@ -8,6 +8,7 @@ Models, data and trainers are those of test_hf.py.
 import gc
 import json
 import shutil
+import warnings
 from dataclasses import MISSING, fields
 
 import pytest
@@ -164,6 +165,15 @@ def test_a_directory_that_cannot_be_written_is_refused_before_training(main, mon
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     assert main().startswith("cannot write into output_dir ")
+
+
+def test_a_run_without_phase_2_is_noted(tmp_path):
+    options = dict(bupo_layer=2, bupo_steps=1, save_strategy="no")
+    with pytest.warns(UserWarning, match="phase 1 takes all 2 optimizer steps.*bupo_steps = 1"):
+        trained(tmp_path / "short", max_steps=2, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="phase 1 takes all")
+        trained(tmp_path / "long", max_steps=3, **options)
 
 
 def test_only_a_run_with_phase_1_has_the_tag(tmp_path):
