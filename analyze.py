@@ -2,12 +2,12 @@
 
     python analyze.py all RUN                   everything about a run, written to RUN/figures
     python analyze.py entropy RUN               entropy by layer and how it changes (Fig. 2, 3)
-    python analyze.py writes RUN                the same and cosines of writes (Appendix B.2)
+    python analyze.py writes RUN                the same and each write's cosine with its stream
     python analyze.py dynamics RUN              training (Fig. 4, 7) and feature refinement (Fig. 5)
     python analyze.py lens RUN "7+5*3-2="       what each internal policy would say next
     python analyze.py live RUN [OTHER_RUN]      a page in which the policies answer what you type
     python analyze.py sample RUN "7+5*3-2=" --layer 4    answers sampled from an internal policy
-    python analyze.py step RUN                  one update as a table, token by token
+    python analyze.py step RUN                  an update of each phase, token by token
 
 Every command except `all`, `dynamics` and `live` also accepts a language model in place of RUN: a
 name on the Hugging Face hub (OWNER/NAME), a directory with safetensors, or a .gguf file. This needs

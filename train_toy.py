@@ -262,10 +262,10 @@ class Settings:
         "bupo", "what to train with; grpo is bupo without phase 1", choices=("bupo", "grpo")
     )
     layer: int | None = option(
-        None, "layer of phase 1, below the top, or auto: the paper's rule", 1
+        None, "layer of phase 1, below the top, or auto (default): the paper's rule", 1
     )
     site: str = option(
-        "resid_post", "its stream's policy, its attention's or its FFN's", choices=minibupo.SITES
+        "resid_post", "phase 1 trains the policy of this part of it", choices=minibupo.SITES
     )
     s_inter: int = option(5, "steps of phase 1", 0)
     steps: int = option(60, "steps of RL in both phases together", 0)

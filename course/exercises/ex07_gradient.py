@@ -1,11 +1,12 @@
 """Exercise 7 (20 minutes): which weights get a gradient? Predict, then check.
 
-A model of four layers makes one backward pass of a policy's loss on a batch. Replace each ? by 1 if
-these weights have a gradient other than 0, and by 0 otherwise. The check runs it for you.
+The loss of a policy is computed on a batch and sent backward through a model of four layers.
+Replace each ? by 1 if these weights have a gradient other than 0, and by 0 otherwise. The check
+runs it for you.
 
     embedding   the table that turns tokens into vectors
     absent      the row of that table for a token that is not in the batch
-    attn l      attention of layer l and the norm before it; ffn l: the FFN and the norm before it
+    attn l      attention of layer l and its norm layer; ffn l: the FFN and its norm layer
     E_u         the unembedding matrix
 
 Each column is a policy: pi_theta is the model's own; Layer 2 is the policy of H^2 (Eq. 6). ATTN 2

@@ -8,8 +8,8 @@ a KL term to the base model; a phase 1 over two layers; distilling pi_theta into
 3. interval(differences): the mean of a few paired differences, and half the width of its 95%
    interval, T95[number of pairs] standard errors of the mean: (mean, half).
 4. Run the pairs with python course/exercises/ex10_pairs.py, and finish the report. If your variant
-   takes the place of some steps of GRPO, run it again and do nothing in these steps. What is a step
-   of it worth (lecture 8)?
+   takes the place of some steps of GRPO, also make an idle run, which makes no update in these
+   steps. What is a step of your variant worth (lecture 8)?
 """
 
 import sys
