@@ -515,9 +515,7 @@ def draw_lens(page: dict, checkpoint: str, sites=SITES) -> Figure:
         ax.set(ylabel="layer", title=titles[site])
         ax.tick_params(length=0)
     axes[-1].set_xticks(range(M), page["next_tokens"], parse_math=False)
-    axes[-1].set_xlabel(
-        "token that follows in the response (bold if the policy finds it likeliest)"
-    )
+    axes[-1].set_xlabel("token of the response (bold: the policy finds it likeliest)")
     figure.colorbar(image, ax=axes, label="entropy (nats)", fraction=0.03, pad=0.01)
     likeliest = [cell[1][0] for rows in cells.values() for row in rows for cell in row]
     if "<pad>" in likeliest:
