@@ -189,6 +189,7 @@ class BuPOTrainer(GRPOTrainer):
         self.add_callback(AtTheStart(self))
         self.layer = self.args.bupo_layer
         self.phase = 2
+        self._old_logps = None
         self._count_minibatches()
         lm = self.accelerator.unwrap_model(self.model)
         prepare_to_save(lm.generation_config)
@@ -356,6 +357,13 @@ class BuPOTrainer(GRPOTrainer):
         )
         self._metrics["train"]["bupo/phase"].append(float(self.phase))
 
+    def _compute_loss(self, model, inputs):
+        self._old_logps = inputs.get("old_per_token_logps")
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._old_logps = None
+
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         score = super()._get_per_token_logps_and_entropies
         if self.phase == 2 or not self.model.training:
@@ -363,7 +371,13 @@ class BuPOTrainer(GRPOTrainer):
         if self.layer is None:
             self.layer = self._logged_layer() or self._layer_by_rule(model, *args, **kwargs)
         with truncated(self.accelerator.unwrap_model(model), self.layer):
-            return score(model, *args, **kwargs)
+            logps, *others = score(model, *args, **kwargs)
+        if self._old_logps is not None:
+            # The log-ratio stays within +-20, as in minibupo.surrogate. One update can move the
+            # log-probability of a token by 60 if the internal policy is confident and wrong; at 89
+            # exp overflows, and the weights would become NaN.
+            logps = logps.clamp(self._old_logps - 20, self._old_logps + 20)
+        return logps, *others
 
     def _logged_layer(self) -> int | None:
         """The layer that the rule has picked before a resume."""

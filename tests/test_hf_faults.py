@@ -515,6 +515,19 @@ def test_a_bug_keeps_its_traceback(base, tmp_path, monkeypatch, error):
         minibupo_hf.train.main(arguments(base, tmp_path, max_steps=1))
 
 
+def test_a_ratio_does_not_overflow(tmp_path):
+    """A confident internal policy moves far in one update: exp of the log-ratio would be inf."""
+    lm = build(**TIED)
+    with torch.no_grad():  # raw policies become confident, and pi_theta stays as it is
+        lm.get_input_embeddings().weight.mul_(100)
+        lm.model.norm.weight.div_(100)
+    options = dict(bupo_layer=2, bupo_steps=2, max_steps=4, learning_rate=1e-2)
+    trainer = trained(tmp_path, lm=lm, **options)
+    moved = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert max(moved) > 1e6  # it did move far, to the limit of e^20
+    assert all(bool(weight.isfinite().all()) for weight in lm.parameters())
+
+
 def test_what_math_verify_accepts():
     """As README says: an answer in a box; the solution may be bare."""
     reward = minibupo_hf.train.right_mathematics
