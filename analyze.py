@@ -362,7 +362,7 @@ def read_training(run: Run) -> dict:
         return {
             "dynamics": {
                 "training reward": curve(steps, lambda r: r["reward"]),
-                f"held-out accuracy, n = {n}": curve(
+                f"held-out accuracy, {n} digits": curve(
                     evaluations, lambda r: r["tiers"][str(n)][AVERAGE]
                 ),
                 r"entropy of $\pi_\theta$ (nats)": curve(steps, lambda r: r["policy_entropy"]),

@@ -614,8 +614,15 @@ def encode_text(tokenizer, text: str, special=True) -> list[int]:
         ids = ids[:-1]
     decoded = _text_of(tokenizer, ids)
     if not decoded.endswith(text):
-        raise ValueError(f"the tokenizer reads {text!r} as {decoded!r}")
+        raise misread(text, decoded)
     return ids
+
+
+def misread(text: str, decoded: str) -> ValueError:
+    """The error for a text that a tokenizer does not give back, with where the two differ."""
+    first = next((i for i, (a, b) in enumerate(zip(text, decoded)) if a != b), 0)
+    there = slice(max(0, first - 20), first + 60)
+    return ValueError(f"the tokenizer reads {text[there]!r} as {decoded[there]!r}")
 
 
 def apply_template(tokenizer, messages, **options) -> str:
@@ -663,7 +670,7 @@ def encode_chat(tokenizer, prompt: str, response: str):
         # Some tokenizers put a blank before a text. If they encode both at once, it is not between.
         ids = encode_text(tokenizer, prompt + response, special)
     if _text_of(tokenizer, ids) != wanted or ids[: len(before)] != before:
-        raise ValueError(f"the tokenizer reads {wanted!r} as {_text_of(tokenizer, ids)!r}")
+        raise misread(wanted, _text_of(tokenizer, ids))
     return ids, len(before)
 
 

@@ -66,8 +66,10 @@ ONE += ["encoder_repetition_penalty"]
 NEUTRAL = dict.fromkeys(NO_LIMIT) | dict.fromkeys(ZERO, 0) | dict.fromkeys(ONE, 1)
 
 
-# The settings that say how many optimizer steps phase 1 takes. A resumed run must have the same.
-COUNTING = ["bupo_steps", "steps_per_generation", "gradient_accumulation_steps", "num_iterations"]
+# The settings that say what phase 1 trains, and for how many optimizer steps. A resumed run must
+# have the same.
+OF_PHASE_1 = ["bupo_steps", "bupo_layer", "steps_per_generation"]
+OF_PHASE_1 += ["gradient_accumulation_steps", "num_iterations"]
 
 
 class NoLayerError(ValueError):
@@ -121,8 +123,10 @@ class BuPOConfig(GRPOConfig):
         for name, value in vars(self).items():
             if name.endswith("_kwargs") and not isinstance(value, dict | None):
                 raise ValueError(f'{name} must be a dict like {{"name": 1}}, not {value!r}')
-        if isinstance(self.bupo_layer, bool) or not isinstance(self.bupo_layer, int | None):
-            raise ValueError(f"bupo_layer must be a whole number, not {self.bupo_layer!r}")
+        for name, types in (("bupo_layer", int | None), ("bupo_steps", int)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
         if self.bupo_steps < 0:
             raise ValueError(f"bupo_steps must be 0 or more, not {self.bupo_steps}")
         if self.neftune_noise_alpha:
@@ -130,6 +134,8 @@ class BuPOConfig(GRPOConfig):
                 "neftune_noise_alpha is not for BuPOTrainer: its noise is in the ratio"
             )
         if self.bupo_steps == 0:
+            if self.bupo_layer is not None:
+                warnings.warn("bupo_steps is 0: this run is GRPO, without bupo_layer", stacklevel=3)
             return
         if self.use_vllm and self.off_policy_mask_threshold is not None:
             raise ValueError(
@@ -186,6 +192,8 @@ class BuPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, BuPOConfig):
+            raise ValueError(f"args must be a BuPOConfig, not {type(self.args).__name__}")
         self.add_callback(AtTheStart(self))
         self.layer = self.args.bupo_layer
         self.phase = 2
@@ -288,13 +296,13 @@ class BuPOTrainer(GRPOTrainer):
         self.layer = self.args.bupo_layer
 
     def _check_settings(self, optimizer_steps: int):
-        """Note in the log the settings by which phase 1 is counted.
+        """Note in the log the settings of phase 1.
 
         Raises ResumeError if a resumed run has noted others, because its phases would be wrong.
         """
         ours = {"bupo_steps": 0}
         if self.args.bupo_steps:
-            ours = {name: getattr(self.args, name) for name in COUNTING}
+            ours = {name: getattr(self.args, name) for name in OF_PHASE_1}
             ours["mini-batches of an epoch"] = self.epoch
         history = self.state.log_history
         if optimizer_steps == 0:
@@ -302,10 +310,10 @@ class BuPOTrainer(GRPOTrainer):
         logged = [log["bupo/settings"] for log in history if "bupo/settings" in log]
         noted = logged[0] if logged else {"bupo_steps": 0}
         for name, value in ours.items():
-            if noted[name] != value:
+            if noted.get(name) != value:
                 raise ResumeError(
-                    f"the checkpoint is of a run with {name} = {noted[name]}, which cannot be "
-                    f"resumed with {value}, because phase 1 would have another length"
+                    f"the checkpoint is of a run with {name} = {noted.get(name)}, which cannot be "
+                    f"resumed with {value}, because phase 1 would be another"
                 )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -18,11 +18,11 @@ pytest.importorskip("trl", reason='trl is not installed: pip install -e ".[hf]"'
 import peft
 import transformers
 import yaml
-from trl import ModelConfig
+from trl import GRPOConfig, ModelConfig
 
 import minibupo_hf.train
-from minibupo_hf.bupo_trainer import BuPOConfig
-from tests.test_hf import OPTIONS, TIED, build, save, trained
+from minibupo_hf.bupo_trainer import BuPOConfig, BuPOTrainer
+from tests.test_hf import OPTIONS, TIED, TOKENIZER, build, even, prompts, save, trained
 from tests.test_hf_train import arguments
 
 
@@ -185,10 +185,38 @@ def test_only_a_run_with_phase_1_has_the_tag(tmp_path):
         assert ("- bupo" in (out / "README.md").read_text()) == (bupo_steps == 1)
 
 
-@pytest.mark.parametrize("layer", [True, 2.5, 2.0, [2]])
-def test_a_layer_is_a_whole_number(tmp_path, layer):
-    with pytest.raises(ValueError, match="bupo_layer must be a whole number, not "):
-        BuPOConfig(output_dir=str(tmp_path), bupo_steps=1, bupo_layer=layer, **OPTIONS)
+@pytest.mark.parametrize("value", [True, 2.5, 2.0, [2], "2"])
+@pytest.mark.parametrize("name", ["bupo_layer", "bupo_steps"])
+def test_layer_and_steps_are_whole_numbers(tmp_path, name, value):
+    given = dict(bupo_steps=1, bupo_layer=2) | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, not "):
+        BuPOConfig(output_dir=str(tmp_path), **given, **OPTIONS)
+
+
+def test_a_layer_without_steps_is_noted(tmp_path):
+    with pytest.warns(UserWarning, match="bupo_steps is 0: this run is GRPO, without bupo_layer"):
+        BuPOConfig(output_dir=str(tmp_path), bupo_layer=2, **OPTIONS)
+
+
+def test_the_config_is_bupos(tmp_path):
+    with pytest.raises(ValueError, match="args must be a BuPOConfig, not GRPOConfig"):
+        BuPOTrainer(
+            model=build(**TIED),
+            args=GRPOConfig(output_dir=str(tmp_path), **OPTIONS),
+            reward_funcs=even,
+            train_dataset=prompts(8),
+            processing_class=TOKENIZER,
+        )
+
+
+@pytest.mark.parametrize("before,after", [(2, 1), (2, None), (None, 1)])
+def test_another_layer_is_not_resumed(main, tmp_path, before, after):
+    """The phase 1 of one run trains one layer."""
+    assert main(max_steps=2, bupo_steps=2, bupo_layer=before, **SAVED) is None
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    options = dict(max_steps=6, bupo_steps=2, resume_from_checkpoint=checkpoint)
+    said = main(bupo_layer=after, **options)
+    assert f"run with bupo_layer = {before}, which cannot be resumed with {after}" in said
 
 
 def adapted(base, path, **options):

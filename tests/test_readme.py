@@ -37,7 +37,7 @@ def test_the_snippet_is_algorithm_1(capsys):
 
 
 def test_the_snippets_of_language_models_run(tmp_path, monkeypatch, capsys):
-    """Pasted with a tiny model: the worth of two layers, then BuPO and GRPO with a reward."""
+    """Pasted with a tiny model: the worth of two layers, BuPO and GRPO, what phase 1 was worth."""
     for package in ("trl", "scipy"):
         pytest.importorskip(package, reason="the extras `hf` and `bench` are not installed")
     from tests import test_hf
@@ -53,7 +53,7 @@ def test_the_snippets_of_language_models_run(tmp_path, monkeypatch, capsys):
             code = code.replace(old, new)
         exec(code, names)
 
-    worth, training = blocks("python", page)
+    worth, training, measured = blocks("python", page)
     questions = ["2+3=", "1+4*2=", "7-1=", "0*3="]
     run(
         worth,
@@ -65,6 +65,11 @@ def test_the_snippets_of_language_models_run(tmp_path, monkeypatch, capsys):
     run(training)
     printed = capsys.readouterr().out
     assert "\nbupo [" in printed and "\ngrpo [" in printed
+    exec(measured, names := {})
+    grpo = [0.1, 0.4, 0.6, 0.7, 0.7]
+    idle = [0.1, 0.1, 0.1, 0.4, 0.6]  # as if nothing had been done for two batches
+    assert names["worth"](idle, grpo, 2) == 0
+    assert names["worth"](grpo, grpo, 2) == 1
 
 
 def test_the_output_is_that_of_seed_0():
