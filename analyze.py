@@ -113,8 +113,6 @@ class Run:
 
     def encode(self, prompt: str, response: str):
         """Return the token ids of prompt and response, and how many belong to the prompt."""
-        if prompt and "=" not in prompt:
-            print(f'the problem {prompt} does not end with "=", so the model may add to it')
         return toy.encode(prompt + response), len(toy.encode(prompt))
 
     def own_text(self, model):
@@ -198,7 +196,7 @@ def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
     if prompt is None and text is None:
         return subject.own_text(model)
 
-    refuse_empty(prompt, "prompt")
+    check_prompt(subject, prompt)
     refuse_empty(text, "response")
     ids, prompt_len = subject.encode(prompt or "", text or "")
     tokens = torch.tensor([ids], device=model.device)
@@ -213,6 +211,13 @@ def tokens_to_look_at(subject: Subject, model, prompt=None, text=None):
     if not mask.any():
         raise ValueError("there is no response to look at: without a prompt, it needs two tokens")
     return tokens, mask
+
+
+def check_prompt(subject: Subject, prompt: str | None):
+    """Raise ValueError for an empty prompt. Print a note if a problem of a run does not end."""
+    refuse_empty(prompt, "prompt")
+    if isinstance(subject, Run) and prompt is not None and "=" not in prompt:
+        print(f'the problem {prompt} does not end with "=", so the model may add to it')
 
 
 def refuse_empty(text: str | None, name: str):
@@ -249,15 +254,9 @@ def entropy(subject: Subject, prompt=None, text=None) -> dict:
     target = summary["target_layer"]
     print(f"{subject.checkpoint}: {M} response positions, target layer {target}")
 
-    titles = {
-        "dH_attn": "attention: $dH_{ATTN}$",
-        "dH_mlp": f"FFN: $dH_{{FFN}}$ (target layer: {target or 'none'})",
-        "dH_layer": "layer: $dH_{Layer}$",
-    }
-    ylabel = "entropy change (nats)\nbelow 0: converges\nabove 0: explores"
     save(subject.folder / "entropy.json", json.dumps(summary, indent=1))
     save(subject.folder / "entropy_flow.png", draw_flow(found, log_vocab))
-    save(subject.folder / "entropy_change.png", draw_signed(found, titles, ylabel))
+    save(subject.folder / "entropy_change.png", draw_change(found, target))
     return found
 
 
@@ -312,9 +311,20 @@ def plot_modules(ax, read, written, offset: float, marker: str, colour: str, nam
     ax.plot(x, written, marker, color=colour, label=f"{name}: output")
 
 
+def draw_change(found: dict, target: int | None) -> Figure:
+    """Return how attention, FFN and layer change entropy, by layer (Fig. 3)."""
+    titles = {
+        "dH_attn": "attention: $dH_{ATTN}$",
+        "dH_mlp": f"FFN: $dH_{{FFN}}$ (target layer: {target or 'none'})",
+        "dH_layer": "layer: $dH_{Layer}$",
+    }
+    ylabel = "entropy change (nats)\nbelow 0: converges\nabove 0: explores"
+    return draw_signed(found, titles, ylabel)
+
+
 @styled
 def draw_signed(found: dict, titles: dict, ylabel: str) -> Figure:
-    """Return a panel by layer for each measure in {name: title} (Fig. 3)."""
+    """Return a panel by layer for each measure in {name: title}."""
     figure = Figure(figsize=(WIDTH, 2.4))
     axes = figure.subplots(1, len(titles), sharey=True)
     for ax, (name, title), colour in zip(axes, titles.items(), (ATTENTION, FFN, LAYER)):
@@ -690,7 +700,7 @@ def rounding_note(run: Run, models: dict, rounded: dict) -> str:
 def sample(subject: Subject, prompt=None, layer=None):
     """Print responses of an internal policy and of pi_theta; for a run, their accuracy as well."""
     prompt = subject.own_prompt() if prompt is None else prompt
-    refuse_empty(prompt, "prompt")
+    check_prompt(subject, prompt)
     model = subject.load()
     layer = subject.target_policy().layer if layer is None else layer
     ids, _ = subject.encode(prompt, "")
@@ -777,7 +787,7 @@ def question_for_step(subject: Subject, model, prompt, responses, rewards) -> Ro
             "step takes a prompt with two or more --responses and as many --rewards, or none of "
             f"the three; this is {'a' if prompt else 'no'} prompt, {given}"
         )
-    refuse_empty(prompt, "prompt")
+    check_prompt(subject, prompt)
     for response in responses:
         refuse_empty(response, "response")
     rows, prompt_len = zip(*(subject.encode(prompt, response) for response in responses))

@@ -157,7 +157,7 @@ def training(pairs: list[dict]):
 
 @analyze.styled
 def large():
-    """Draw the training of the larger model of docs/gpu.md, and its dH_FFN before RL by layer."""
+    """Draw the training of the larger model of docs/gpu.md, and its entropy changes before RL."""
     base = common.read_lines(common.RESULTS / "large-metrics.jsonl")[0]
     target = minibupo.target_layer(base["dH_mlp"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,14 +170,9 @@ def large():
         )
         panels = analyze.read_training(run)["dynamics"]
     save(analyze.draw_training(panels, s_inter=5), "large_dynamics.png")
-    titles = {
-        "dH_attn": "attention: $dH_{ATTN}$",
-        "dH_mlp": f"FFN: $dH_{{FFN}}$ (target layer: {target})",
-        "dH_layer": "layer: $dH_{Layer}$",
-    }
-    means = {name: np.array(base[name])[:, None] for name in titles}
-    figure = analyze.draw_signed(means, titles, "entropy change (nats)")
-    save(figure, "large_entropy_change.png")
+    # the record has means over positions: of one position, as it were
+    means = {name: np.array(base[name])[:, None] for name in ("dH_attn", "dH_mlp", "dH_layer")}
+    save(analyze.draw_change(means, target), "large_entropy_change.png")
 
 
 def save(figure, name: str):

@@ -1,5 +1,5 @@
-"""analyze.py: numbers against direct computations in float64, every command on complete, stopped and
-damaged runs, and the web page of the lens in a real browser."""
+"""analyze.py: numbers against direct computations in float64, every command on complete, stopped
+and damaged runs, and the web page of the lens in a real browser."""
 
 import errno
 import html
@@ -456,11 +456,15 @@ def test_sample_is_of_the_internal_policy(finished, capsys):
 
 def test_a_prompt_that_does_not_end_is_noted(finished, tmp_path, capsys):
     assert run("lens", finished, PROMPT.removesuffix("="), "--out", tmp_path) == 0
-    assert 'does not end with "=", so the model may add to it' in capsys.readouterr().out
+    note = 'does not end with "=", so the model may add to it'
+    assert note in capsys.readouterr().out
+    words = ("--responses", "=2*3=6", "=1", "--rewards", 1, 0, "--out", tmp_path)
+    assert run("step", finished, PROMPT.removesuffix("="), *words) == 0
+    assert capsys.readouterr().out.count(note) == 1  # not for each response
 
 
 def test_a_task_with_other_operators(finished, tmp_path, monkeypatch, capsys):
-    """The default prompt is a problem of this task, and no more problems are asked for than it has."""
+    """The default prompt is a problem of this task; no more problems are asked for than it has."""
     two = {sign: toy.OPERATORS[sign] for sign in "+-"}
     monkeypatch.setattr(toy, "OPERATORS", two)
     monkeypatch.setattr(toy, "check_same_task", lambda content: None)
