@@ -9,7 +9,7 @@ from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # models this small are slower with a second thread
 
-# RL of a few seconds with the model of `base`: 12 steps. With TINY 3 of them are phase 1, at layer 2
+# RL of a few seconds with the model of `base`: 12 steps. With TINY 3 are phase 1, at layer 2
 NO_PHASE_1 = "--n 3 --questions 8 --steps 12 --eval_problems 16 --threads 1 --device cpu".split()
 TINY = [*NO_PHASE_1, *"--s_inter 3 --layer 2".split()]
 
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(base, tmp_path_factory):
-    """A whole tiny run of train_toy.py from this base, never stopped. Tests must not write to it."""
+    """A whole tiny run of train_toy.py from this base, not stopped. Tests must not write to it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert toy.main([*TINY, "--base", str(base), "--out_dir", str(out)]) == 0
     return out

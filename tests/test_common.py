@@ -1,4 +1,4 @@
-"""experiments/common.py: files of results that can be continued, intervals, pairs, worth, tables."""
+"""experiments/common.py: files of results that can be resumed, intervals, pairs, worth, tables."""
 
 import json
 import time

@@ -302,8 +302,8 @@ def rows_of(*batches):
 
 
 class Compared(BuPOTrainer):
-    """Compares loss and gradients of every mini-batch with policy_loss's on a copy of the model, and
-    keeps the mini-batch with the state of the trainer."""
+    """Compares loss and gradients of every mini-batch with policy_loss's on a copy of the model,
+    and keeps the mini-batch with the state of the trainer."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)

@@ -146,7 +146,7 @@ def test_a_tokenizer_without_eos_leaves_the_ends_of_generation_config(tmp_path):
 
 @pytest.mark.parametrize("split", ["qwen2", "llama-bpe", "gpt-2", "smollm", "default", "new"])
 def test_a_gguf_tokenizer(tmp_path, monkeypatch, split):
-    """One that transformers cannot split as the file says is refused. The end of a turn is an end."""
+    """One that transformers cannot split as the file says is refused. A turn's end is an end."""
 
     class Writer(gguf.GGUFWriter):
         def write_header_to_file(self):

@@ -740,7 +740,7 @@ def test_a_base_that_knows_little_says_so_and_one_that_cannot_improve_is_refused
 def test_if_the_rule_names_no_layer_the_command_that_is_printed_works(
     base, tmp_path, monkeypatch, capsys
 ):
-    """It keeps the options of the run, and can be pasted although a path has a space and a quote."""
+    """It keeps the options of the run, and can be pasted if a path has a space and a quote."""
     monkeypatch.chdir(tmp_path)
     inside = toy.means_inside
     monkeypatch.setattr(toy, "means_inside", lambda *a: inside(*a) | {"dH_mlp": [-0.1, -0.2, 0.3]})
@@ -759,7 +759,7 @@ def test_if_the_rule_names_no_layer_the_command_that_is_printed_works(
 
 
 def test_printed_commands(tmp_path, monkeypatch):
-    """A path that looks like an option is absolute in them, and cmd.exe knows only double quotes."""
+    """A path that looks like an option is absolute in them; cmd.exe knows only double quotes."""
     monkeypatch.chdir(tmp_path)
     assert toy.parse_options(["--out_dir=-a"])[0].out_dir == str(tmp_path / "-a")
     monkeypatch.chdir(Path(toy.__file__).parent)

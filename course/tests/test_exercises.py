@@ -153,7 +153,7 @@ def test_the_feedback_on_an_incomplete_report_says_what_is_missing(text, expecte
 
 
 def test_students_t_of_exercise_10():
-    """95% of Student's density with n - 1 degrees of freedom lies within +-T95[n], by quadrature."""
+    """95% of Student's density with n - 1 degrees of freedom is within +-T95[n], by quadrature."""
     for n, bound in load(COURSE / "exercises" / "ex10_pairs.py").T95.items():
         strips = 200_001
         t = np.linspace(-bound, bound, strips)
